@@ -1,0 +1,208 @@
+"""The physical store of keys and values: pages, counted references, layer groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from specdec.kernels import cache as kernels
+
+TRASH_PAGE = 0
+"""Rows that belong to no sequence write here. Nothing ever reads it for a real row."""
+
+
+class OutOfPages(RuntimeError):
+    """The pool cannot grow and has fewer free pages than needed. The pool is unchanged."""
+
+    def __init__(self, need: int, have: int, limit: int, page_size: int) -> None:
+        self.need, self.have, self.limit = need, have, limit
+        super().__init__(
+            f"need {need} pages of {page_size} tokens, have {have} free of {limit}: "
+            "raise max_pages, lower max_new_tokens, or run fewer sequences at once"
+        )
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one attention layer stores for a token."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(eq=False)
+class LayerGroup:
+    """The layers that have one shape: a single K and a single V tensor for all of them.
+
+    keys is [L, pages, page_size, Hkv, Dk] and values is [L, pages, page_size, Hkv, Dv].
+    """
+
+    shape: LayerShape
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class LayerPages:
+    """One layer's part of the pool, as views: [pages, page_size, Hkv, D]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass
+class PagePool:
+    """Pages for all layers of a model, addressed by the same page ids in every layer group.
+
+    The pool grows on demand up to `max_pages`; growing copies, so it happens between forwards.
+    Page 0 is the trash page and is never handed out.
+
+    Args:
+        layers: the shape of each layer, in order.
+        page_size: tokens in a page.
+        max_pages: upper bound for the pages handed out; None for as many as memory holds.
+    """
+
+    layers: Sequence[LayerShape]
+    page_size: int = 16
+    max_pages: int | None = None
+    groups: list[LayerGroup] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.page_size < 1 or self.page_size & (self.page_size - 1):
+            raise ValueError(f"page_size: expected a power of two, got {self.page_size}")
+        if self.max_pages is not None and self.max_pages < 1:
+            raise ValueError(f"max_pages: expected at least 1, got {self.max_pages}")
+        members: dict[LayerShape, list[int]] = {}
+        for layer, shape in enumerate(self.layers):
+            members.setdefault(shape, []).append(layer)
+        self.groups = [
+            LayerGroup(
+                shape,
+                self._empty(shape, len(indices), 1, shape.key_dim),
+                self._empty(shape, len(indices), 1, shape.value_dim),
+            )
+            for shape, indices in members.items()
+        ]
+        self._place = {
+            layer: (group, index)
+            for group, indices in zip(self.groups, members.values(), strict=True)
+            for index, layer in enumerate(indices)
+        }
+        self._references = [1]  # by page; the trash page references itself
+        self._free: list[int] = []  # descending, so that the lowest page is handed out first
+
+    def _empty(self, shape: LayerShape, layers: int, pages: int, dim: int) -> Tensor:
+        size = (layers, pages, self.page_size, shape.kv_heads, dim)
+        return torch.zeros(size, dtype=shape.dtype, device=shape.device)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that exist, free or not, without the trash page."""
+        return len(self._references) - 1
+
+    @property
+    def num_free(self) -> int:
+        """Pages that exist and belong to nobody."""
+        return len(self._free)
+
+    def layer(self, index: int) -> LayerPages:
+        """Where a layer's keys and values lie."""
+        group, place = self._place[index]
+        return LayerPages(group.keys[place], group.values[place])
+
+    def allocate(self, count: int) -> list[int]:
+        """Hands out `count` pages with one reference each, or raises and hands out none.
+
+        Raises:
+            OutOfPages: `max_pages` does not allow it.
+        """
+        missing = count - len(self._free)
+        if missing > 0:
+            self._grow(missing, count)
+        return self._take(count)
+
+    def _take(self, count: int) -> list[int]:
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._references[page] = 1
+        return pages
+
+    def _grow(self, missing: int, need: int) -> None:
+        room = missing if self.max_pages is None else self.max_pages - self.num_pages
+        if room < missing:
+            raise OutOfPages(
+                need, self.num_free + room, self.max_pages or self.num_pages, self.page_size
+            )
+        extra = max(missing, min(room, self.num_pages // 2))
+        if self.max_pages is None:
+            extra = max(missing, self.num_pages // 2)
+        grown = [  # all new tensors exist before the first old one is dropped
+            (
+                torch.cat([g.keys, torch.zeros_like(g.keys[:, :1]).repeat(1, extra, 1, 1, 1)], 1),
+                torch.cat(
+                    [g.values, torch.zeros_like(g.values[:, :1]).repeat(1, extra, 1, 1, 1)], 1
+                ),
+            )
+            for g in self.groups
+        ]
+        for group, (keys, values) in zip(self.groups, grown, strict=True):
+            group.keys, group.values = keys, values
+        first = len(self._references)
+        self._references += [0] * extra
+        self._free = sorted([*self._free, *range(first, first + extra)], reverse=True)
+
+    def share(self, pages: Sequence[int]) -> None:
+        """Adds one reference to each page."""
+        for page in pages:
+            self._references[page] += 1
+
+    def free(self, pages: Sequence[int]) -> None:
+        """Drops one reference from each page; a page without references can be handed out again."""
+        for page in pages:
+            self._references[page] -= 1
+            if self._references[page] == 0:
+                self._free.append(page)
+        self._free.sort(reverse=True)
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copies K and V rows of every layer from slot to slot.
+
+        Args:
+            sources, targets: [M] int64 slots (page * page_size + offset). They may overlap: all
+                rows are read before the first is written.
+        """
+        for group in self.groups:
+            device = group.shape.device
+            kernels.move_rows(group.keys, sources.to(device), targets.to(device))
+            kernels.move_rows(group.values, sources.to(device), targets.to(device))
+
+    def check_integrity(self, owned: Sequence[Sequence[int]]) -> None:
+        """Checks that every page is free or owned as often as it is referenced.
+
+        Args:
+            owned: the pages of each owner; a page may occur for several owners.
+
+        Raises:
+            RuntimeError: a page is leaked, handed out twice, or both free and owned.
+        """
+        count = [0] * len(self._references)
+        count[TRASH_PAGE] = 1
+        for pages in owned:
+            for page in pages:
+                count[page] += 1
+        wrong = [p for p, (a, b) in enumerate(zip(count, self._references, strict=True)) if a != b]
+        if wrong:
+            raise RuntimeError(
+                f"page {wrong[0]} is owned {count[wrong[0]]} times "
+                f"but has {self._references[wrong[0]]} references"
+            )
+        unowned = sorted(page for page, owners in enumerate(count) if owners == 0)
+        if unowned != sorted(self._free):
+            raise RuntimeError(f"free pages {sorted(self._free)} are not the unowned {unowned}")

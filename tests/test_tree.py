@@ -1,0 +1,163 @@
+"""Token trees: builders, packed form, and what is refused."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specdec.tree import (
+    ProposalLaw,
+    TokenTree,
+    Topology,
+    TreeBatch,
+    ancestor_words,
+    unpack_words,
+)
+
+
+@st.composite
+def trees(draw: st.DrawFn, max_nodes: int = 80) -> TokenTree:
+    size = draw(st.integers(1, max_nodes))
+    parents = [-1] + [draw(st.integers(0, node - 1)) for node in range(1, size)]
+    tokens = draw(st.lists(st.integers(0, 96), min_size=size, max_size=size))
+    return TokenTree.from_lists(tokens, parents)
+
+
+@given(trees())
+def test_ancestors_are_those_found_by_walking_up(tree: TokenTree) -> None:
+    parents = tree.parents.tolist()
+    for node, bits in enumerate(tree.ancestor_bits):
+        path, at = set(), node
+        while at >= 0:
+            path.add(at)
+            at = parents[at]
+        assert {j for j in range(len(tree)) if bits >> j & 1} == path
+        assert tree.depths[node] == len(path) - 1
+
+
+@given(st.lists(trees(), min_size=1, max_size=4))
+def test_packing_keeps_every_tree(batch: list[TokenTree]) -> None:
+    packed = TreeBatch.pack(batch, vocab_size=97)
+    widest = max(len(tree) for tree in batch)
+    bits = unpack_words(packed.ancestors, widest)
+    row = 0
+    for index, tree in enumerate(batch):
+        rows = slice(row, row + len(tree))
+        assert packed.tokens[rows].tolist() == tree.tokens.tolist()
+        assert packed.tree[rows].tolist() == [index] * len(tree)
+        assert packed.nodes[rows].tolist() == list(range(len(tree)))
+        assert packed.depths[rows].tolist() == tree.depths
+        for node in range(len(tree)):
+            seen = bits[row + node].nonzero().flatten().tolist()
+            assert seen == [j for j in range(len(tree)) if tree.ancestor_bits[node] >> j & 1]
+            kids = [kid - row for kid in packed.children[row + node].tolist() if kid >= 0]
+            assert kids == tree.children(node)
+        row += len(tree)
+
+
+def test_the_top_bit_of_a_word_survives() -> None:
+    bits = [1 << 31, 1 << 32, (1 << 64) - 1]
+    words = ancestor_words(bits, 64)
+    assert words.dtype == torch.int32
+    unpacked = unpack_words(words, 64)
+    assert [row.nonzero().flatten().tolist() for row in unpacked] == [[31], [32], list(range(64))]
+
+
+def test_builders_make_the_trees_they_name() -> None:
+    assert TokenTree.root(7).paths() == [[7]]
+    assert TokenTree.chain(7, [1, 2]).paths() == [[7, 1, 2]]
+    assert TokenTree.star(7, [1, 2]).paths() == [[7, 1], [7, 2]]
+    merged = TokenTree.from_paths(7, [[1, 2, 3], [1, 4], [1, 2, 5]], nodes=16)
+    assert sorted(merged.paths()) == [[7, 1, 2, 3], [7, 1, 2, 5], [7, 1, 4]]
+    choices = TokenTree.from_choices(7, [(0,), (1,), (0, 2)], [[1, 2], [3, 4, 5]])
+    assert sorted(choices.paths()) == [[7, 1, 5], [7, 2]]
+    shape = Topology.branching([2, 1])
+    assert TokenTree.static(shape, [7, 1, 2, 3, 4]).paths() == [[7, 1, 3], [7, 2, 4]]
+
+
+@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 5), st.integers(0, 2**31))
+def test_best_first_takes_the_likeliest_nodes(n: int, depth: int, width: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    probs = torch.rand(depth, width, generator=generator).sort(1, descending=True).values
+    tokens = torch.arange(depth * width).view(depth, width)
+    tree = TokenTree.best_first(0, tokens, probs, n)
+    levels: list[list[tuple[int, ...]]] = [[()]]
+    for _ in range(depth):
+        levels.append([(*path, k) for path in levels[-1] for k in range(width)])
+    chance = {
+        path: float(torch.stack([probs[d, k] for d, k in enumerate(path)]).double().prod())
+        for level in levels[1:]
+        for path in level
+    }
+    best = sorted(chance.values(), reverse=True)[: n - 1]
+    got = []
+    for bits in tree.ancestor_bits[1:]:
+        path = [int(t) for j, t in enumerate(tree.tokens) if bits >> j & 1][1:]
+        got.append(chance[tuple(token % width for token in path)])
+    assert sorted(got, reverse=True) == pytest.approx(best)
+
+
+def test_cut_keeps_law_and_probabilities() -> None:
+    probs = torch.rand(4, 9)
+    tree = TokenTree(
+        torch.tensor([5, 1, 2, 3]), torch.tensor([-1, 0, 1, 0]), ProposalLaw.IID, probs
+    )
+    cut = tree.cut(depth=1)
+    assert cut.tokens.tolist() == [5, 1, 3]
+    assert cut.parents.tolist() == [-1, 0, 0]
+    assert cut.law == ProposalLaw.IID
+    assert cut.draft_probs is not None
+    assert torch.equal(cut.draft_probs, probs[[0, 1, 3]])
+
+
+def test_topologies() -> None:
+    assert Topology.chain(3).parents == (-1, 0, 1)
+    assert Topology.branching([2, 2]).parents == (-1, 0, 0, 1, 1, 2, 2)
+    fading = Topology.fading(16)
+    assert len(fading) == 16
+    assert fading.ranks[1] == 0
+    assert fading.cut(depth=1).depths[-1] == 1
+    assert fading.cut(depth=9, nodes=5).parents == fading.parents[:5]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parents", "error", "match"),
+    [
+        ([1, 2], [-1, 1], ValueError, "earlier node"),  # its own parent
+        ([1, 2, 3], [-1, 2, 0], ValueError, "earlier node"),  # a child before its parent
+        ([1, 2], [0, 0], ValueError, "earlier node"),  # no root
+        ([1, 2], [-1, -1], ValueError, "earlier node"),  # two roots
+        ([1, 2], [-1], ValueError, "one shape"),
+        ([], [], ValueError, "1 to 256 nodes"),
+        ([0] * 257, list(range(-1, 256)), ValueError, "1 to 256 nodes"),
+        ([-3], [-1], ValueError, "token ids"),
+    ],
+)
+def test_a_malformed_tree_is_refused(
+    tokens: list[int], parents: list[int], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        TokenTree(torch.tensor(tokens, dtype=torch.int64), torch.tensor(parents, dtype=torch.int64))
+
+
+def test_wrong_dtypes_laws_and_vocabularies_are_refused() -> None:
+    root, top = torch.tensor([3]), torch.tensor([-1])
+    with pytest.raises(TypeError, match=r"tokens: expected int64, got torch\.int32"):
+        TokenTree(root.int(), top)
+    with pytest.raises(TypeError, match="parents: expected int64"):
+        TokenTree(root, top.float())
+    with pytest.raises(ValueError, match="draft_probs: needed exactly when"):
+        TokenTree(root, top, ProposalLaw.IID)
+    with pytest.raises(ValueError, match=r"draft_probs: expected \[1, V\]"):
+        TokenTree(root, top, ProposalLaw.IID, torch.rand(2, 9))
+    with pytest.raises(ValueError, match="on one device"):
+        TokenTree(root, top.to("meta"))
+    with pytest.raises(ValueError, match="vocabulary size 3, got 3"):
+        TreeBatch.pack([TokenTree.root(3)], vocab_size=3)
+    drawn = TokenTree(root, top, ProposalLaw.IID, torch.rand(1, 9))
+    with pytest.raises(ValueError, match="every tree of the batch or for none"):
+        TreeBatch.pack([drawn, TokenTree.root(3)], vocab_size=9)
+    with pytest.raises(ValueError, match="orphan"):
+        TokenTree.from_choices(7, [(0, 1)], [[1], [2, 3]])
+    with pytest.raises(ValueError, match="level order"):
+        Topology((-1, 0, 1, 0))
