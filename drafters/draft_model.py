@@ -1,0 +1,226 @@
+"""A smaller model drafts: chains and trees of a fixed shape, chosen or sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.cache import Speculation
+from specdec.drafting import DraftContext, Drafter, Observation
+from specdec.noise import Purpose, uniform
+from specdec.sampling import draw
+from specdec.target import Target
+from specdec.tree import ProposalLaw, Topology, TreeBatch, ancestor_words
+
+
+@dataclass
+class _Sequence:
+    """The draft model's side of one sequence."""
+
+    number: int  # in the draft model's own cache
+    cached: int = 0  # known tokens that are committed there
+
+
+@dataclass
+class _OpenDraft:
+    """The lease behind the trees of the last `propose`, until `observe` settles it."""
+
+    sequences: tuple[int, ...]
+    topology: Topology
+    lease: Speculation | None
+
+
+@dataclass
+class DraftModel(Drafter):
+    """Any smaller causal model with the target's tokenizer, on a paged cache of its own.
+
+    A pass of the draft model runs one depth of all trees of the batch. Leaves are never run: an
+    accepted one is caught up, with the token that followed it, in the first pass of the next step.
+
+    Args:
+        model: a Hugging Face model whose token ids mean what the target's mean.
+        topology: the shape to draft; by default the best for the node budget when acceptance
+            falls from 0.6 by a factor of 4 from one sibling to the next.
+        sampled: draw children (law `IID`) with the run's sampling options when the run samples;
+            otherwise, and for greedy decoding, take the most likely ones.
+        max_pages: upper bound for the draft model's cache.
+    """
+
+    model: Any
+    topology: Topology | None = None
+    sampled: bool = False
+    max_pages: int | None = None
+    _sequences: dict[int, _Sequence] = field(default_factory=dict, init=False, repr=False)
+    _open: _OpenDraft | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.law = ProposalLaw.IID if self.sampled else ProposalLaw.DETERMINISTIC
+        self._target = Target(self.model, max_pages=self.max_pages)
+
+    def begin(self, sequences: Sequence[int]) -> None:
+        for sequence in sequences:
+            self._sequences[sequence] = _Sequence(self._target.cache.admit())
+
+    def end(self, sequences: Sequence[int]) -> None:
+        self._drop()
+        for sequence in sequences:
+            if sequence in self._sequences:
+                self._target.cache.release(self._sequences.pop(sequence).number)
+
+    def propose(self, context: DraftContext, nodes: int) -> TreeBatch:
+        shape = self.topology or Topology.fading(nodes)
+        shape = shape.cut(depth=max(0, *context.max_depths), nodes=nodes)
+        grown = _GrowingTrees(shape, context, sampled=self.sampled and context.sampler.do_sample)
+        logits = self._catch_up(context)
+        lease = None
+        if len(shape) > 1:
+            grown.add_children((0,), logits[:, None])
+            inner = _inner_levels(shape)
+            if inner:
+                members = [self._sequences[s].number for s in context.sequences]
+                lease = self._target.cache.speculate(members, [len(shape) - 1] * len(members))
+            self._open = _OpenDraft(context.sequences, shape, lease)
+            for level in inner:
+                grown.add_children(level, self._run_level(grown, level, lease))
+        else:
+            self._open = _OpenDraft(context.sequences, shape, None)
+        return grown.batch()
+
+    def _catch_up(self, context: DraftContext) -> Tensor:
+        """Commits every known token, the root included; [B, V] logits behind the roots."""
+        members = [self._sequences[sequence] for sequence in context.sequences]
+        missing = [
+            torch.tensor(tokens[member.cached :], device=self._target.device)
+            for member, tokens in zip(members, context.tokens, strict=True)
+        ]
+        numbers = [member.number for member in members]
+        self._target.prefill(numbers, [tokens[:-2] for tokens in missing])
+        last = [tokens[-2:] for tokens in missing]
+        rows = [len(tokens) for tokens in last]
+        ends = torch.tensor(rows, device=self._target.device).cumsum(0) - 1
+        with self._target.cache.speculate(numbers, rows) as lease:
+            logits = self._target.forward(torch.cat(last), lease.plan_chains(), keep=ends)
+            lease.commit()
+        for member, tokens in zip(members, context.tokens, strict=True):
+            member.cached = len(tokens)
+        return self._fit(logits, context)
+
+    def _run_level(
+        self, grown: _GrowingTrees, level: tuple[int, ...], lease: Speculation | None
+    ) -> Tensor:
+        """Runs nodes of one depth of every tree: [B, nodes, V] logits behind them."""
+        assert lease is not None, "a level is only run on leased rows"
+        batch = len(lease.sequences)
+        device = self._target.device
+        # The root is committed here, so the tree is a forest: every index falls by one.
+        bits = [grown.bits[node] >> 1 for node in level]
+        words = ancestor_words(bits, len(grown.shape) - 1).to(device)
+        nodes = torch.tensor(level, device=device) - 1
+        depth = grown.shape.depths[level[0]] - 1
+        member = torch.arange(batch, device=device).repeat_interleave(len(level))
+        plan = lease.plan(
+            member,
+            nodes.repeat(batch),
+            torch.full_like(member, depth),
+            words.repeat(batch, 1),
+        )
+        tokens = grown.tokens[:, level].flatten().to(device)
+        logits = self._target.forward(tokens, plan)
+        fitted = self._fit(logits, grown.context)
+        return fitted.view(batch, len(level), -1)
+
+    def _fit(self, logits: Tensor, context: DraftContext) -> Tensor:
+        """Logits over the target's vocabulary: padded heads are cut, missing ones impossible."""
+        logits = logits.to(context.device).float()
+        missing = context.vocab_size - logits.shape[-1]
+        if missing > 0:
+            return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
+        return logits[..., : context.vocab_size]
+
+    def observe(self, observation: Observation) -> None:
+        """Keeps the accepted nodes that were run; the others are caught up in the next step."""
+        opened, self._open = self._open, None
+        if opened is None or opened.lease is None:
+            return
+        kept = [
+            [node - 1 for node in path[1:] if node in opened.topology.inner]
+            for path in observation.paths
+        ]
+        width = max(1, *(len(path) for path in kept))
+        paths = torch.tensor([path + [-1] * (width - len(path)) for path in kept])
+        opened.lease.commit(paths.to(self._target.device))
+        opened.lease.settle([len(path) for path in kept])
+        for sequence, path in zip(observation.sequences, kept, strict=True):
+            self._sequences[sequence].cached += len(path)
+
+    def _drop(self) -> None:
+        """Rolls back a draft that was never observed."""
+        if self._open is not None and self._open.lease is not None and self._open.lease.open:
+            self._open.lease.rollback()
+        self._open = None
+
+
+class _GrowingTrees:
+    """Trees of one shape for a whole batch, filled in level by level."""
+
+    def __init__(self, shape: Topology, context: DraftContext, *, sampled: bool) -> None:
+        self.shape = shape
+        self.context = context
+        self.bits = _ancestor_bits(shape)
+        batch, device = len(context.sequences), context.device
+        roots = torch.tensor([tokens[-1] for tokens in context.tokens], device=device)
+        self.tokens = torch.zeros(batch, len(shape), dtype=torch.int64, device=device)
+        self.tokens[:, 0] = roots
+        self._lengths = torch.tensor([len(tokens) for tokens in context.tokens], device=device)
+        self._probs = (
+            torch.zeros(batch, len(shape), context.vocab_size, device=device) if sampled else None
+        )
+
+    def add_children(self, level: tuple[int, ...], logits: Tensor) -> None:
+        """Chooses or draws the children of some nodes, given [B, nodes, V] logits behind them."""
+        for index, node in enumerate(level):
+            children = [c for c, parent in enumerate(self.shape.parents) if parent == node]
+            if self._probs is None:
+                self.tokens[:, children] = logits[:, index].topk(len(children)).indices
+                continue
+            probs = self.context.sampler.probs(logits[:, index])
+            self._probs[:, node] = probs
+            positions = self._lengths + self.shape.depths[node]
+            for rank, child in enumerate(children):
+                noise = uniform(self.context.seeds, positions, Purpose.DRAFT + rank)
+                self.tokens[:, child] = draw(probs, noise)
+
+    def batch(self) -> TreeBatch:
+        batch, device = len(self.context.sequences), self.context.device
+        law = ProposalLaw.DETERMINISTIC if self._probs is None else ProposalLaw.IID
+        widths = [self.shape.parents.count(node) for node in range(len(self.shape))]
+        return TreeBatch(
+            tokens=self.tokens.flatten(),
+            parents=torch.tensor(self.shape.parents, device=device).repeat(batch),
+            depths=torch.tensor(self.shape.depths, device=device).repeat(batch),
+            ancestors=ancestor_words(self.bits, len(self.shape)).to(device).repeat(batch, 1),
+            laws=torch.full((self.tokens.numel(),), law, dtype=torch.int8, device=device),
+            draft_probs=None if self._probs is None else self._probs.flatten(0, 1),
+            sizes=(len(self.shape),) * batch,
+            max_depth=self.shape.depths[-1],
+            max_children=max(widths),
+        )
+
+
+def _ancestor_bits(shape: Topology) -> list[int]:
+    bits = [1]
+    for node, parent in enumerate(shape.parents[1:], start=1):
+        bits.append(1 << node | bits[parent])
+    return bits
+
+
+def _inner_levels(shape: Topology) -> list[tuple[int, ...]]:
+    """Nodes below the root that have children, by depth."""
+    levels: dict[int, list[int]] = {}
+    for node in sorted(shape.inner - {0}):
+        levels.setdefault(shape.depths[node], []).append(node)
+    return [tuple(nodes) for nodes in levels.values()]

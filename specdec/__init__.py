@@ -1,0 +1,32 @@
+"""Speculative decoding with token trees for Hugging Face models.
+
+model = specdec.wrap(hf_model, drafter="ngram")
+model.generate(**inputs, max_new_tokens=200)
+"""
+
+from specdec.drafting import DraftContext, Drafter, NoDraft, Observation, SequenceDrafter
+from specdec.pages import OutOfPages
+from specdec.stats import GenerationStats
+from specdec.support import UnsupportedModel
+from specdec.tree import ProposalLaw, TokenTree, Topology, TreeBatch
+from specdec.wrap import SpeculativeModel, generate, wrap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DraftContext",
+    "Drafter",
+    "GenerationStats",
+    "NoDraft",
+    "Observation",
+    "OutOfPages",
+    "ProposalLaw",
+    "SequenceDrafter",
+    "SpeculativeModel",
+    "TokenTree",
+    "Topology",
+    "TreeBatch",
+    "UnsupportedModel",
+    "generate",
+    "wrap",
+]

@@ -1,0 +1,241 @@
+"""The `specdec` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers.utils import logging as transformers_logging
+
+import specdec
+from specdec import models
+from specdec.drafters import DRAFTERS, DraftModel, NGram
+from specdec.drafting import Drafter
+from specdec.eval.compare import compare
+from specdec.eval.cost import measure_step
+from specdec.eval.prompts import DEMO_PROMPT, builtin_prompts
+from specdec.generation import SpeculativeOutput
+from specdec.target import Target
+from specdec.tree import Topology
+
+app = typer.Typer(
+    help="Speculative decoding with token trees for Hugging Face models.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+models_app = typer.Typer(help="Models that come with a name.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+
+out, err = Console(), Console(stderr=True)
+
+EXPECTED_ERRORS = (ValueError, TypeError, NotImplementedError, OSError, RuntimeError)
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Says what is wrong with the input without a traceback."""
+    try:
+        yield
+    except EXPECTED_ERRORS as error:
+        err.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        err.print(str(error), markup=False)
+        raise typer.Exit(1) from error
+
+
+def _load(name: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
+    """The model and tokenizer behind a name, folder or hub id; safetensors only."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    where = models.resolve(name)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"), None)
+    if not isinstance(kind, torch.dtype):
+        raise ValueError(f"dtype: expected a torch dtype such as float32, got {dtype!r}")
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=kind, use_safetensors=True)
+    placed: Any = model
+    return placed.to(device).eval(), AutoTokenizer.from_pretrained(where)
+
+
+def _make_drafter(
+    drafter: str, tree: str | None, rule: str, device: torch.device, dtype: torch.dtype
+) -> tuple[Drafter, int | None]:
+    """A drafter and a node budget from `--drafter` and `--tree`."""
+    topology, nodes = None, None
+    if tree is not None and tree.isdecimal():
+        nodes = int(tree)
+    elif tree is not None:
+        topology = _parse_topology(tree)
+        nodes = len(topology)
+    if drafter in DRAFTERS:
+        if topology is not None:
+            raise ValueError(f"--tree: {drafter} takes a number of nodes, got {tree!r}")
+        return DRAFTERS[drafter](), nodes
+    small, _ = _load(drafter, str(dtype).removeprefix("torch."), str(device))
+    return DraftModel(small, topology, sampled=rule == "multi-round"), nodes
+
+
+def _parse_topology(text: str) -> Topology:
+    """`chain:5` or the number of children at each depth, `4,2,1`."""
+    kind, _, count = text.partition(":")
+    if kind == "chain" and count.isdecimal():
+        return Topology.chain(int(count))
+    widths = text.split(",")
+    if all(width.isdecimal() for width in widths):
+        return Topology.branching([int(width) for width in widths])
+    raise ValueError(f"--tree: expected a number of nodes, chain:5 or 4,2,1, got {text!r}")
+
+
+def _encode(tokenizer: Any, prompt: str, raw: bool) -> Any:
+    if raw or tokenizer.chat_template is None:
+        return tokenizer(prompt, return_tensors="pt")
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
+    model: Annotated[
+        str, typer.Option(help="A name from `specdec models list`, a folder or a hub id.")
+    ] = models.DEFAULT,
+    drafter: Annotated[
+        str, typer.Option(help="ngram, none, or a smaller model (name, folder or hub id).")
+    ] = "ngram",
+    tree: Annotated[
+        str | None, typer.Option(help="Nodes (16) or, for a model, a shape: chain:5, 4,2,1.")
+    ] = None,
+    rule: Annotated[str, typer.Option(help="auto, sample-and-match or multi-round.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 for no limit.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of a sampled run.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 on a CPU, bfloat16 elsewhere by default.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    compare_: Annotated[
+        bool, typer.Option("--compare", help="Run without drafts too and show both.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Generates text, streaming it as it is verified."""
+    with _readable_errors():
+        text = sys.stdin.read() if prompt == "-" else prompt
+        loaded, tokenizer = _load(model, dtype, device)
+        chosen, nodes = _make_drafter(drafter, tree, rule, loaded.device, loaded.dtype)
+        wrapped = specdec.wrap(loaded, chosen, rule=rule, nodes=nodes)
+        inputs = _encode(tokenizer, text, raw).to(loaded.device)
+        options: dict[str, Any] = {**inputs, "max_new_tokens": max_new_tokens, "seed": seed}
+        if temperature > 0:
+            options |= {
+                "do_sample": True,
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+            }
+        else:
+            options["do_sample"] = False
+        width = inputs["input_ids"].shape[1]
+        if compare_:
+            comparison = compare(wrapped, **options)
+            answer = tokenizer.decode(comparison.drafted_tokens[0, width:])
+            if as_json:
+                print_json({"text": answer, **comparison.to_dict()})
+            else:
+                out.print(answer, markup=False, highlight=False)
+                out.print(comparison)
+            return
+        streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True)
+        output = wrapped.generate(**options, streamer=streamer, return_dict_in_generate=True)
+        assert isinstance(output, SpeculativeOutput)
+        assert output.stats is not None
+        if as_json:
+            tokens = output.sequences[0, width:].tolist()
+            answer = tokenizer.decode(tokens)
+            print_json({"text": answer, "tokens": tokens, "stats": output.stats.to_dict()})
+        else:
+            err.print(output.stats)
+
+
+def print_json(value: object) -> None:
+    """Prints JSON that a program reads: one line, nothing else on standard output."""
+    typer.echo(json.dumps(value))
+
+
+@app.command()
+def demo(
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+) -> None:
+    """Fetches a small chat model and shows what token trees do for it."""
+    with _readable_errors():
+        loaded, tokenizer = _load(models.DEFAULT, "float32", device)
+        out.print(f"Model: SmolLM2-135M-Instruct, float32, on {loaded.device}.")
+
+        cost = measure_step(Target(loaded))
+        nodes = cost.best_nodes()
+        times = ", ".join(
+            f"{rows} rows {1000 * seconds:.0f} ms"
+            for rows, seconds in zip(cost.rows, cost.seconds, strict=True)
+        )
+        out.print(f"One pass of the model takes: {times}.")
+        out.print(
+            f"If 7 of 10 drafted tokens are accepted, trees of {nodes} nodes pay best here "
+            "(specdec.eval.cost)."
+        )
+
+        prompt = next(p for p in builtin_prompts() if p.id == DEMO_PROMPT)
+        text = prompt.messages[0]["content"]
+        out.rule("prompt")
+        out.print(text, markup=False, highlight=False)
+        inputs = _encode(tokenizer, text, raw=False).to(loaded.device)
+        wrapped = specdec.wrap(loaded, NGram(), nodes=nodes)
+        comparison = compare(wrapped, **inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        out.rule("answer")
+        width = inputs["input_ids"].shape[1]
+        answer = tokenizer.decode(comparison.drafted_tokens[0, width:], skip_special_tokens=True)
+        out.print(answer, markup=False, highlight=False)
+        out.rule()
+        out.print(comparison)
+        reference = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        same = torch.equal(reference, comparison.drafted_tokens)
+        out.print(
+            f"Equal to transformers' own generate, token for token: {'yes' if same else 'no'}."
+        )
+        if not same:
+            raise typer.Exit(1)
+
+
+@models_app.command("list")
+def list_models() -> None:
+    """Shows the models that come with a name."""
+    table = Table("name", "what it is", "download", "folder")
+    for model in models.known():
+        size = f"{model.size / 1e6:.0f} MB"
+        table.add_row(model.name, model.description, size, str(model.folder or "not fetched"))
+    out.print(table)
+
+
+@models_app.command("fetch")
+def fetch_model(
+    name: Annotated[
+        str, typer.Argument(help="A name from `specdec models list`.")
+    ] = models.DEFAULT,
+) -> None:
+    """Downloads a model once; offline afterwards."""
+    with _readable_errors():
+        out.print(str(models.fetch(name)), highlight=False)

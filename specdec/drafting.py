@@ -1,0 +1,89 @@
+"""The drafter's side of a step: what it is told and what it gives back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.sampling import Sampler
+from specdec.tree import ProposalLaw, TokenTree, TreeBatch
+
+
+@dataclass(frozen=True)
+class DraftContext:
+    """What a drafter may look at, for the B sequences of a step."""
+
+    sequences: tuple[int, ...]  # numbers that stay with a sequence from `begin` to `end`
+    tokens: tuple[Sequence[int], ...]  # all known tokens of each, prompt included, the root last
+    max_depths: tuple[int, ...]  # deeper nodes could not be used before the length limit
+    seeds: Tensor  # [B] int64, for `noise.uniform`, with `Purpose.DRAFT`
+    sampler: Sampler  # the run's sampling options
+    vocab_size: int
+    device: torch.device  # where the trees must lie
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What became of the proposed trees."""
+
+    sequences: tuple[int, ...]
+    trees: TreeBatch
+    paths: tuple[tuple[int, ...], ...]  # accepted nodes of each tree, the root first
+    tokens: tuple[tuple[int, ...], ...]  # accepted tokens of each sequence, then the next token
+
+
+class Drafter(ABC):
+    """Proposes a token tree for every sequence of a batch.
+
+    `law` says how the children of a node come about; it decides which rules are lossless.
+    Drafters that look at one sequence at a time subclass `SequenceDrafter` instead.
+    """
+
+    law: ProposalLaw = ProposalLaw.DETERMINISTIC
+
+    def begin(self, sequences: Sequence[int]) -> None:  # noqa: B027 - optional
+        """Sequences start."""
+
+    @abstractmethod
+    def propose(self, context: DraftContext, nodes: int) -> TreeBatch:
+        """One tree of at most `nodes` nodes, the root included, for each sequence, in order."""
+
+    def observe(self, observation: Observation) -> None:  # noqa: B027 - optional
+        """The target has verified the trees of the last `propose`."""
+
+    def end(self, sequences: Sequence[int]) -> None:  # noqa: B027 - optional
+        """Sequences are over, finished or not; may name some that never began."""
+
+
+class SequenceDrafter(Drafter):
+    """A drafter that looks at the tokens of one sequence at a time, on the host."""
+
+    @abstractmethod
+    def draft(self, tokens: Sequence[int], nodes: int) -> TokenTree:
+        """A tree of at most `nodes` nodes whose root is `tokens[-1]`."""
+
+    def propose(self, context: DraftContext, nodes: int) -> TreeBatch:
+        trees = []
+        for tokens, depth in zip(context.tokens, context.max_depths, strict=True):
+            tree = self.draft(tokens, nodes)
+            name = type(self).__name__
+            if len(tree) > nodes:
+                raise ValueError(f"{name}.draft: expected at most {nodes} nodes, got {len(tree)}")
+            if int(tree.tokens[0]) != tokens[-1]:
+                raise ValueError(
+                    f"{name}.draft: expected the root to be the last token {tokens[-1]}, "
+                    f"got {int(tree.tokens[0])}"
+                )
+            trees.append(tree.cut(depth=depth))
+        return TreeBatch.pack(trees, vocab_size=context.vocab_size, device=context.device)
+
+
+class NoDraft(SequenceDrafter):
+    """Proposes nothing: plain decoding, the baseline, in the same loop."""
+
+    def draft(self, tokens: Sequence[int], nodes: int) -> TokenTree:
+        return TokenTree.root(tokens[-1])

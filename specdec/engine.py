@@ -1,0 +1,230 @@
+"""The decoding loop: draft, verify, accept, commit, for a batch of requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from specdec.drafting import DraftContext, Drafter, Observation
+from specdec.sampling import Sampler
+from specdec.stats import GenerationStats, Stopwatch
+from specdec.target import Target
+from specdec.tree import TreeBatch
+from specdec.verify import AcceptanceRule, Noise, Outcome
+
+
+@dataclass(eq=False)
+class Request:
+    """One text to continue.
+
+    Args:
+        tokens: the prompt; grows with every token emitted.
+        max_new_tokens: at least 1.
+        seed: of its position-keyed randomness.
+        stops: asked after every token, with the request as it then is.
+    """
+
+    tokens: list[int]
+    max_new_tokens: int
+    seed: int
+    stops: Callable[[Request], bool]
+    prompt_length: int = field(init=False)
+    finished: bool = False
+    sequence: int = -1
+
+    def __post_init__(self) -> None:
+        if not self.tokens:
+            raise ValueError("tokens: expected a prompt of at least one token, got none")
+        self.prompt_length = len(self.tokens)
+
+    @property
+    def emitted(self) -> list[int]:
+        """The tokens behind the prompt."""
+        return self.tokens[self.prompt_length :]
+
+    def emit(self, tokens: Sequence[int]) -> list[int]:
+        """Takes tokens until one ends the text; returns those taken."""
+        taken: list[int] = []
+        for token in tokens:
+            self.tokens.append(token)
+            taken.append(token)
+            full = len(self.tokens) - self.prompt_length >= self.max_new_tokens
+            if self.stops(self) or full:
+                self.finished = True
+                break
+        return taken
+
+
+@dataclass(frozen=True)
+class Emission:
+    """What one step gave one request."""
+
+    request: Request
+    tokens: list[int]
+    drafted: int
+    """Nodes proposed, the root not counted."""
+    accepted: int
+    """Nodes accepted, the root not counted."""
+
+
+class Engine:
+    """Runs requests through one target with one drafter and one rule.
+
+    Invariant between steps: a sequence's cache holds exactly the tokens before the root, which is
+    the last known token. So the first step speculates like any other.
+
+    Args:
+        target: the model and its cache.
+        drafter: proposes trees.
+        rule: keeps a path of each.
+        sampler: the sampling options.
+        nodes: largest tree to propose, the root included.
+        prefill_chunk: prompt tokens in one pass.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        rule: AcceptanceRule,
+        sampler: Sampler,
+        *,
+        nodes: int,
+        prefill_chunk: int = 512,
+    ) -> None:
+        self.target = target
+        self.drafter = drafter
+        self.rule = rule
+        self.sampler = sampler
+        self.nodes = nodes
+        self.prefill_chunk = prefill_chunk
+        self.stats = GenerationStats(rule=rule.name)
+
+    def run(self, requests: Sequence[Request]) -> Iterator[list[Emission]]:
+        """Runs requests to their ends; yields after every step of those still running.
+
+        However it is left - end, exception, closed iterator - no page stays behind.
+        """
+        watch = Stopwatch(self.target.device, self.stats.seconds)
+        try:
+            with watch.host("total"), watch.phase("prefill"):
+                self._begin(requests)
+            while running := [request for request in requests if not request.finished]:
+                with watch.host("total"):
+                    emissions = self._step(running, watch)
+                yield emissions
+                self._end([request for request in running if request.finished])
+        finally:
+            self._end(requests)
+            watch.read()
+
+    @torch.no_grad()
+    def _begin(self, requests: Sequence[Request]) -> None:
+        cache, device = self.target.cache, self.target.device
+        for request in requests:
+            request.sequence = cache.admit()
+        self.drafter.begin([request.sequence for request in requests])
+        self.target.prefill(
+            [request.sequence for request in requests],
+            [torch.tensor(request.tokens[:-1], device=device).long() for request in requests],
+            chunk=self.prefill_chunk,
+        )
+        self.stats.prompt_tokens += sum(len(request.tokens) for request in requests)
+
+    def _end(self, requests: Sequence[Request]) -> None:
+        running = [request for request in requests if request.sequence >= 0]
+        try:
+            self.drafter.end([request.sequence for request in running])
+        finally:
+            for request in running:
+                self.target.cache.release(request.sequence)
+                request.sequence = -1
+
+    @torch.no_grad()
+    def _step(self, requests: Sequence[Request], watch: Stopwatch) -> list[Emission]:
+        device = self.target.device
+        sequences = tuple(request.sequence for request in requests)
+        seeds = torch.tensor([request.seed for request in requests], device=device)
+        context = DraftContext(
+            sequences=sequences,
+            tokens=tuple(request.tokens for request in requests),
+            max_depths=tuple(
+                request.prompt_length + request.max_new_tokens - len(request.tokens) - 1
+                for request in requests
+            ),
+            seeds=seeds,
+            sampler=self.sampler,
+            vocab_size=self.target.vocab_size,
+            device=device,
+        )
+        with watch.phase("draft"):
+            trees = self.drafter.propose(context, self.nodes)
+            self._check(trees, len(requests))
+        last_positions = torch.tensor(
+            [request.prompt_length + request.max_new_tokens - 1 for request in requests],
+            device=device,
+        )
+        with watch.phase("verify"):
+            scored = self.target.speculate(sequences, trees, last_positions=last_positions)
+        with scored:
+            with watch.phase("accept"):
+                logits = scored.logits
+                target = self.sampler.probs(logits) if self.rule.samples else logits
+                outcome = self.rule.verify(trees, target, Noise(seeds, scored.lengths + 1))
+            with watch.phase("commit"):
+                scored.commit(outcome.paths)
+        paths, tokens, continued = _read(trees, outcome)
+        scored.settle([len(path) for path in paths])
+        self.drafter.observe(Observation(sequences, trees, paths, tokens))
+        emissions = []
+        for index, request in enumerate(requests):
+            taken = request.emit(tokens[index])
+            emission = Emission(request, taken, trees.sizes[index] - 1, len(paths[index]) - 1)
+            self.stats.add_step(
+                drafted=emission.drafted,
+                accepted=emission.accepted,
+                continued=continued[index],
+                tokens=len(taken),
+            )
+            emissions.append(emission)
+        return emissions
+
+    def _check(self, trees: TreeBatch, count: int) -> None:
+        name = type(self.drafter).__name__
+        if not isinstance(trees, TreeBatch):
+            raise TypeError(f"{name}.propose: expected a TreeBatch, got {type(trees).__name__}")
+        if len(trees.sizes) != count or max(trees.sizes) > self.nodes:
+            raise ValueError(
+                f"{name}.propose: expected {count} trees of at most {self.nodes} nodes, "
+                f"got sizes {trees.sizes}"
+            )
+        if trees.device != self.target.device:
+            raise ValueError(
+                f"{name}.propose: expected trees on {self.target.device}, got {trees.device}"
+            )
+
+
+def _read(
+    trees: TreeBatch, outcome: Outcome
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...], list[bool]]:
+    """Brings an outcome to the host: one copy, the only time a step waits for the device."""
+    rows = trees.offsets[:, None] + outcome.paths.clamp_min(0)
+    packed = torch.cat(
+        [
+            outcome.paths,
+            trees.tokens[rows],
+            outcome.next_tokens[:, None],
+            outcome.continued[:, None].long(),
+        ],
+        dim=1,
+    )
+    width = outcome.paths.shape[1]
+    paths, tokens, continued = [], [], []
+    for line in packed.tolist():
+        path = tuple(node for node in line[:width] if node >= 0)
+        paths.append(path)
+        tokens.append((*line[width + 1 : width + len(path)], line[2 * width]))
+        continued.append(bool(line[2 * width + 1]))
+    return tuple(paths), tuple(tokens), continued

@@ -1,0 +1,370 @@
+"""Hugging Face's `generate()` around the engine: its options in, its outputs back.
+
+transformers itself prepares a call - defaults, padding, validation, expansion, stopping criteria -
+and hands everything to a function given as `custom_generate`. That function is all we replace, so
+every option means what it means there, and one that is not supported is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from specdec.engine import Emission, Engine, Request
+from specdec.noise import split_seeds
+from specdec.sampling import Sampler
+from specdec.stats import GenerationStats
+
+SUPPORTED_OPTIONS = {
+    "bos_token_id",
+    "do_sample",
+    "eos_token_id",
+    "max_length",
+    "max_new_tokens",
+    "max_time",
+    "num_return_sequences",
+    "pad_token_id",
+    "return_dict_in_generate",
+    "stop_strings",
+    "temperature",
+    "top_k",
+    "top_p",
+}
+IRRELEVANT_OPTIONS = {
+    # Options of features that are off, or refused by another name.
+    "assistant_confidence_threshold",
+    "assistant_ensemble_weight",
+    "assistant_lookbehind",
+    "compile_config",
+    "decoder_start_token_id",
+    "disable_compile",
+    "early_stopping",
+    "is_assistant",
+    "length_penalty",
+    "max_matching_ngram_size",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "num_beam_groups",
+    "diversity_penalty",
+    "target_lookbehind",
+    "transformers_version",
+    "use_cache",
+}
+NEUTRAL_VALUES: dict[str, object] = {
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "guidance_scale": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "typical_p": 1.0,
+}
+ALTERNATIVES = {
+    "assistant_early_exit": "use drafter=specdec.drafters.DraftModel(model)",
+    "assistant_model": "pass it as drafter= to specdec.wrap",
+    "cache_implementation": "the paged tree cache takes the place of every other",
+    "custom_generate": "call the unwrapped model with custom_generate",
+    "inputs_embeds": "pass input_ids: trees are made of token ids",
+    "num_beams": "use do_sample with num_return_sequences",
+    "output_attentions": "call the model itself on the generated sequences",
+    "output_hidden_states": "call the model itself on the generated sequences",
+    "output_logits": "call the model itself on the generated sequences",
+    "output_scores": "call the model itself on the generated sequences",
+    "past_key_values": "pass the whole text as input_ids; the cache is specdec's own",
+    "position_ids": "positions follow from attention_mask",
+    "prompt_lookup_num_tokens": "use drafter='ngram'",
+    "synced_gpus": "run one process per model replica",
+    "token_healing": "heal the prompt before the call",
+}
+
+
+def refuse(name: str, value: object) -> NotImplementedError:
+    """The error for an option that is not supported."""
+    shown = repr(value) if isinstance(value, (bool, int, float, str)) else type(value).__name__
+    alternative = ALTERNATIVES.get(name)
+    return NotImplementedError(
+        f"{name}={shown} is not supported" + (f": {alternative}" if alternative else " yet")
+    )
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call to `generate()` as transformers has prepared it."""
+
+    input_ids: Tensor  # [B, L] int64, num_return_sequences already expanded
+    attention_mask: Tensor | None  # [B, L]; None where nothing is padded
+    sampler: Sampler
+    criteria: Sequence[StoppingCriteria]
+    config: GenerationConfig
+
+    @classmethod
+    def from_transformers(
+        cls,
+        input_ids: Tensor,
+        logits_processor: Sequence[LogitsProcessor],
+        stopping_criteria: Sequence[StoppingCriteria],
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ) -> Call:
+        """Checks what transformers hands to a `custom_generate` function.
+
+        Raises:
+            NotImplementedError: an option is not supported; the message names it.
+            ValueError: the attention mask is not left-padded.
+        """
+        _check_options(generation_config)
+        mask = model_kwargs.get("attention_mask")
+        _check_model_inputs(input_ids, mask, model_kwargs)
+        return cls(
+            input_ids,
+            mask,
+            Sampler(generation_config.do_sample, tuple(logits_processor)),
+            tuple(stopping_criteria),
+            generation_config,
+        )
+
+    @property
+    def max_length(self) -> int:
+        """Prompt, padding included, and new tokens."""
+        limits = [c.max_length for c in self.criteria if isinstance(c, MaxLengthCriteria)]
+        return int(min([self.config.max_length, *limits]))
+
+    @property
+    def eos_tokens(self) -> frozenset[int]:
+        """The tokens that end a text; they are emitted."""
+        return frozenset(
+            token
+            for criterion in self.criteria
+            if isinstance(criterion, EosTokenCriteria)
+            for token in criterion.eos_token_id.tolist()
+        )
+
+    @property
+    def pad_token(self) -> int:
+        """What fills the rows that end early."""
+        if self.config.pad_token_id is not None:
+            return int(self.config.pad_token_id)
+        eos = self.config.eos_token_id
+        first = eos[0] if isinstance(eos, list) else eos
+        return 0 if first is None else int(first)
+
+    def requests(self, seed: int) -> list[Request]:
+        """One request for each row, without its padding."""
+        others = [
+            c for c in self.criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))
+        ]
+        eos, width = self.eos_tokens, self.input_ids.shape[1]
+        seeds = split_seeds(seed, len(self.input_ids)).tolist()
+        requests = []
+        for row, row_seed in zip(range(len(self.input_ids)), seeds, strict=True):
+            ids = self.input_ids[row]
+            padding = (
+                0 if self.attention_mask is None else int((self.attention_mask[row] == 0).sum())
+            )
+            pads = ids[:padding].tolist()
+
+            def stops(request: Request, pads: list[int] = pads) -> bool:
+                if request.tokens[-1] in eos:
+                    return True
+                if not others:
+                    return False
+                text = torch.tensor([pads + request.tokens], device=self.input_ids.device)
+                # transformers hands over its scores here; without output_scores there are none.
+                return any(bool(criterion(text, None)[0]) for criterion in others)
+
+            requests.append(
+                Request(ids[padding:].tolist(), self.max_length - width, row_seed, stops)
+            )
+        return requests
+
+    def sequences(self, requests: Sequence[Request]) -> Tensor:
+        """[B, L + longest answer], padded as transformers pads."""
+        longest = max(len(request.emitted) for request in requests)
+        fill = torch.full((len(requests), longest), self.pad_token, dtype=self.input_ids.dtype)
+        for row, request in enumerate(requests):
+            fill[row, : len(request.emitted)] = torch.tensor(request.emitted)
+        return torch.cat([self.input_ids, fill.to(self.input_ids.device)], dim=1)
+
+
+def prepare(
+    model: PreTrainedModel,
+    inputs: Tensor | None,
+    *,
+    stop_strings: str | list[str] | None,
+    tokenizer: Any,
+    options: dict[str, Any],
+) -> Call:
+    """Lets transformers prepare a call without running it.
+
+    Args:
+        model: the model, for its defaults.
+        inputs: [B, L] token ids, or None if `options` has `input_ids`.
+        stop_strings, tokenizer: kept apart, since transformers drops the tokenizer on its way to a
+            `custom_generate` function.
+        options: everything else that `generate()` takes.
+
+    Raises:
+        NotImplementedError, ValueError: see `Call.from_transformers`, and what transformers raises.
+    """
+    for name in ALTERNATIVES:
+        if not _is_neutral(name, options.get(name)):
+            raise refuse(name, options[name])
+    if stop_strings is None:
+        config = options.get("generation_config") or model.generation_config
+        stop_strings = config.stop_strings
+        if stop_strings is not None:
+            options = {**options, "stop_strings": None}
+            if options.get("generation_config") is not None:
+                config = GenerationConfig.from_dict(config.to_dict())
+                config.stop_strings = None
+                options["generation_config"] = config
+    if stop_strings is not None:
+        if tokenizer is None:
+            raise ValueError("stop_strings: pass tokenizer= as well, to find them in the tokens")
+        criterion = StopStringCriteria(tokenizer, stop_strings)
+        given = options.get("stopping_criteria") or ()
+        options = {**options, "stopping_criteria": StoppingCriteriaList([*given, criterion])}
+    captured: list[Call] = []
+
+    def capture(
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Sequence[LogitsProcessor],
+        stopping_criteria: Sequence[StoppingCriteria],
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        captured.append(
+            Call.from_transformers(
+                input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+            )
+        )
+        return input_ids
+
+    model.generate(inputs, custom_generate=capture, **options)  # type: ignore[operator]
+    return captured[0]
+
+
+def _is_neutral(name: str, value: object) -> bool:
+    if value is None or value is False:
+        return True
+    return name in NEUTRAL_VALUES and value == NEUTRAL_VALUES[name]
+
+
+def _check_options(config: GenerationConfig) -> None:
+    for name, value in config.to_dict().items():
+        if name.startswith("_"):  # transformers' own notes on a prepared call
+            continue
+        if name not in SUPPORTED_OPTIONS | IRRELEVANT_OPTIONS and not _is_neutral(name, value):
+            raise refuse(name, value)
+
+
+def _check_model_inputs(input_ids: Tensor, mask: Tensor | None, given: dict[str, Any]) -> None:
+    known = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+    for name, value in given.items():
+        if name not in known and value is not None:
+            raise refuse(name, value)
+    cache = given.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise refuse("past_key_values", cache)
+    if input_ids.shape[1] == 0:
+        raise ValueError("input_ids: expected at least one token, got an empty prompt")
+    if mask is not None:
+        if mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask: expected {list(input_ids.shape)}, got {list(mask.shape)}"
+            )
+        seen = mask != 0
+        if not bool(seen[:, -1].all()) or bool((seen[:, :-1] & ~seen[:, 1:]).any()):
+            raise ValueError(
+                "attention_mask: expected padding on the left only, "
+                "got padding on the right or inside; set tokenizer.padding_side = 'left'"
+            )
+    positions = given.get("position_ids")
+    if positions is not None:
+        seen = torch.ones_like(input_ids) if mask is None else (mask != 0).long()
+        expected = seen.cumsum(1) - 1
+        if not bool(((positions == expected) | (seen == 0)).all()):
+            raise refuse("position_ids", positions)
+
+
+@dataclass
+class SpeculativeOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns with `return_dict_in_generate=True`: transformers' output and
+
+    Args:
+        stats: the counts of the run.
+    """
+
+    stats: GenerationStats | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of `stream`: what each row of the batch received."""
+
+    tokens: dict[int, list[int]]
+    """New tokens by row; rows that are finished are absent."""
+    drafted: dict[int, int]
+    """Nodes proposed by row, the root not counted."""
+    accepted: dict[int, int]
+    """Nodes accepted by row, the root not counted."""
+
+
+def stream(engine: Engine, requests: Sequence[Request]) -> Iterator[Step]:
+    """Runs the engine and yields every step by row."""
+    rows = {id(request): row for row, request in enumerate(requests)}
+    for emissions in engine.run(requests):
+        by_row: dict[int, Emission] = {rows[id(e.request)]: e for e in emissions}
+        yield Step(
+            {row: emission.tokens for row, emission in by_row.items()},
+            {row: emission.drafted for row, emission in by_row.items()},
+            {row: emission.accepted for row, emission in by_row.items()},
+        )
+
+
+def run(
+    call: Call, engine: Engine, requests: Sequence[Request], streamer: BaseStreamer | None
+) -> Tensor | SpeculativeOutput:
+    """Runs a prepared call to its end, with transformers' return types.
+
+    A streamer gets the prompt and then the tokens of each step; it is ended also when an exception
+    passes through, so that whoever reads from it does not wait for ever.
+
+    Raises:
+        ValueError: a streamer was given for more than one row.
+    """
+    if streamer is not None and len(requests) > 1:
+        raise ValueError(
+            f"streamer: expected a batch of one, got {len(requests)} rows; use .stream() instead"
+        )
+    try:
+        if streamer is not None:
+            streamer.put(call.input_ids.cpu())
+        for step in stream(engine, requests):
+            if streamer is not None:
+                streamer.put(torch.tensor(step.tokens[0]))
+    finally:
+        if streamer is not None:
+            streamer.end()
+    sequences = call.sequences(requests)
+    if call.config.return_dict_in_generate:
+        return SpeculativeOutput(sequences=sequences, stats=engine.stats)  # type: ignore[arg-type]
+    return sequences

@@ -1,0 +1,162 @@
+"""What a run did, as sums: they add up over steps, requests and runs; ratios come last."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from rich.table import Table
+
+PHASES = ("prefill", "draft", "verify", "accept", "commit")
+
+
+@dataclass
+class GenerationStats:
+    """Counts of a run. A step of a batch counts once for every sequence in it.
+
+    `reached[d]` is how often a step came to a node of depth d - 1 that had children, and
+    `accepted_at[d]` how often one of them was accepted.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    """Tokens emitted, cut at the end of sequence or the length limit."""
+    prompt_tokens: int = 0
+    drafted: int = 0
+    """Nodes proposed, roots not counted."""
+    accepted: int = 0
+    """Nodes accepted, roots not counted."""
+    reached: Counter[int] = field(default_factory=Counter)
+    accepted_at: Counter[int] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase; `total` is all of it, and what the phases leave is the host's share."""
+    rule: str = ""
+
+    def __add__(self, other: GenerationStats) -> GenerationStats:
+        return GenerationStats(
+            steps=self.steps + other.steps,
+            tokens=self.tokens + other.tokens,
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            drafted=self.drafted + other.drafted,
+            accepted=self.accepted + other.accepted,
+            reached=self.reached + other.reached,
+            accepted_at=self.accepted_at + other.accepted_at,
+            seconds={
+                phase: self.seconds.get(phase, 0.0) + other.seconds.get(phase, 0.0)
+                for phase in (*PHASES, "total")
+            },
+            rule=self.rule if self.rule == other.rule else "mixed",
+        )
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Mean tokens a verification emits: accepted drafts plus the next token."""
+        return self.tokens / self.steps if self.steps else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted nodes as a share of the nodes drafted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def acceptance_by_depth(self) -> dict[int, float]:
+        """How often a child was accepted, given that its parent was and had children."""
+        return {d: self.accepted_at[d] / count for d, count in sorted(self.reached.items())}
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Emitted tokens over the whole time, the prefill included."""
+        total = self.seconds.get("total", 0.0)
+        return self.tokens / total if total else 0.0
+
+    def add_step(self, *, drafted: int, accepted: int, continued: bool, tokens: int) -> None:
+        """Counts one sequence's part of a step."""
+        self.steps += 1
+        self.tokens += tokens
+        self.drafted += drafted
+        self.accepted += accepted
+        for depth in range(1, accepted + 1):
+            self.reached[depth] += 1
+            self.accepted_at[depth] += 1
+        if continued:
+            self.reached[accepted + 1] += 1
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain numbers for JSON, the ratios included."""
+        return {
+            "rule": self.rule,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "tokens_per_step": self.tokens_per_step,
+            "tokens_per_second": self.tokens_per_second,
+            "acceptance_rate": self.acceptance_rate,
+            "acceptance_by_depth": self.acceptance_by_depth,
+            "seconds": dict(self.seconds),
+        }
+
+    def __rich__(self) -> Table:
+        table = Table(show_header=False, box=None)
+        total = self.seconds.get("total", 0.0)
+        by_depth = "  ".join(f"{d}: {a:.2f}" for d, a in self.acceptance_by_depth.items())
+        shares = "  ".join(
+            f"{phase} {self.seconds[phase] / total:.0%}"
+            for phase in PHASES
+            if phase in self.seconds
+        )
+        table.add_row("tokens", f"{self.tokens} in {self.steps} steps ({self.rule})")
+        table.add_row("tokens per step", f"{self.tokens_per_step:.2f}")
+        table.add_row("drafted, accepted", f"{self.drafted}, {self.accepted}")
+        table.add_row("acceptance by depth", by_depth or "nothing drafted")
+        table.add_row("speed", f"{self.tokens_per_second:.1f} tokens/s in {total:.2f} s")
+        table.add_row("time", shares)
+        return table
+
+
+class Stopwatch:
+    """Adds up time by phase without making the host wait for the device.
+
+    On an accelerator the phases are bracketed by events, which are read when the run is over.
+    """
+
+    def __init__(self, device: torch.device, seconds: dict[str, float]) -> None:
+        self._seconds = seconds
+        self._cuda = device.type == "cuda"
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def host(self, name: str) -> Iterator[None]:
+        """Time on the host's clock."""
+        start = time.perf_counter()
+        yield
+        self._add(name, time.perf_counter() - start)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time on the device's clock, where it has one of its own."""
+        if not self._cuda:
+            with self.host(name):
+                yield
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        self._events.append((name, begin, end))
+
+    def read(self) -> None:
+        """Adds what is outstanding; waits for the device."""
+        if self._events:
+            torch.cuda.synchronize()
+        for name, begin, end in self._events:
+            self._add(name, begin.elapsed_time(end) / 1000)
+        self._events.clear()
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds

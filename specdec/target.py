@@ -1,0 +1,369 @@
+"""A Hugging Face model behind tree attention and a paged cache, through its public hooks only.
+
+The attention function is registered with transformers; no mask function is, so the model builds no
+mask. A `Cache` subclass stands in for the model's own, and one keyword argument, which every model
+hands down to its attention unchanged, carries the plan. Nothing in the model is replaced: the name
+of the attention implementation is set around our own forward and restored after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from specdec.attention import AttentionPlan, Backend, tree_attention
+from specdec.cache import Speculation, TreeKVCache
+from specdec.kernels import cache as kernels
+from specdec.pages import LayerShape, PagePool
+from specdec.support import UnsupportedModel, causal_model, check_model
+from specdec.tree import TreeBatch
+
+ATTENTION = "specdec"
+
+HARMLESS_ARGUMENTS = {
+    "attention_interface",
+    "cache_position",
+    "is_causal",
+    "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_embeddings",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
+"""What models hand to every attention function and tree attention may ignore."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one attention layer asks for."""
+
+    layer: int
+    query: Tensor  # [1, Hq, R, Dk]
+    key: Tensor  # [1, Hkv, R, Dk]
+    value: Tensor  # [1, Hkv, R, Dv]
+    scale: float | None
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    unknown: frozenset[str]  # arguments with a value that tree attention does not know
+
+
+class AttentionHandler(Protocol):
+    def __call__(self, call: AttentionCall) -> Tensor:
+        """Attention output [1, R, Hq, Dv]."""
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    specdec_handler: AttentionHandler | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """The function registered with transformers: every layer of every model arrives here."""
+    if specdec_handler is None:
+        raise UnsupportedModel(
+            module, "the model does not hand keyword arguments down to its attention"
+        )
+    unknown = frozenset(
+        name for name, given in rest.items() if given is not None and name not in HARMLESS_ARGUMENTS
+    )
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    call = AttentionCall(layer, query, key, value, scaling, sliding_window, softcap, s_aux, unknown)
+    return specdec_handler(call), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+class PassThroughCache(Cache):
+    """Stands in for the model's cache: hands new keys and values to the attention function.
+
+    The model is always given positions and never builds a mask, so the lengths it could ask for
+    are never used; `get_mask_sizes` raises in case a model asks all the same.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        raise RuntimeError("the model builds an attention mask although none is registered")
+
+
+@dataclass
+class _Probe:
+    """Records what the attention layers look like during one small forward."""
+
+    calls: list[AttentionCall]
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        self.calls.append(call)
+        repeat = call.query.shape[1] // call.value.shape[1]
+        return call.value.repeat_interleave(repeat, 1).transpose(1, 2).contiguous()
+
+
+@dataclass
+class _PagedAttention:
+    """Writes new keys and values into the pool, then attends."""
+
+    pool: PagePool
+    plan: AttentionPlan
+    backend: Backend
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        plan = self.plan.on(call.query.device)
+        pages = self.pool.layer(call.layer)
+        kernels.write_rows(pages.keys, plan.slots, call.key[0].transpose(0, 1))
+        kernels.write_rows(pages.values, plan.slots, call.value[0].transpose(0, 1))
+        out = tree_attention(
+            call.query[0].transpose(0, 1),
+            pages,
+            plan,
+            scale=call.scale,
+            window=call.window,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            backend=self.backend,
+        )
+        return out[None]
+
+
+class Target:
+    """A causal language model that scores packed token trees against a paged cache.
+
+    Args:
+        model: a decoder-only transformers model, or a PEFT model of layers around one. It keeps
+            working as before.
+        page_size: tokens in a page of the cache.
+        max_pages: upper bound for the cache; None to grow as needed.
+        backend: the backend of tree attention.
+
+    Raises:
+        UnsupportedModel: the model cannot be driven; the message says why.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        page_size: int = 16,
+        max_pages: int | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        self.model = causal_model(model)
+        check_model(self.model)
+        self.backend = backend
+        self.device = _input_device(self.model)
+        self._configs = _configs(self.model)
+        self._no_cache = PassThroughCache()
+        layers, self.vocab_size = self._probe()
+        self.cache = TreeKVCache(PagePool(layers, page_size, max_pages), self.device)
+
+    @torch.no_grad()
+    def _probe(self) -> tuple[list[LayerShape], int]:
+        """Runs two tokens to learn what each attention layer stores and asks for."""
+        probe = _Probe([])
+        tokens = torch.zeros(2, dtype=torch.int64, device=self.device)
+        logits = self._run(tokens, torch.arange(2, device=self.device), probe, 0)
+        calls = sorted(probe.calls, key=lambda call: call.layer)
+        config = self.model.config.get_text_config(decoder=True)
+        if [call.layer for call in calls] != list(range(config.num_hidden_layers)):
+            raise UnsupportedModel(
+                self.model,
+                f"expected one attention call for each of {config.num_hidden_layers} layers, "
+                f"got calls for layers {[call.layer for call in probe.calls]}",
+            )
+        unknown = sorted(set().union(*(call.unknown for call in calls)))
+        if unknown:
+            raise UnsupportedModel(
+                self.model, f"its attention takes {', '.join(unknown)}, which trees cannot honour"
+            )
+        kinds = getattr(config, "layer_types", None) or [None] * len(calls)
+        for call, kind in zip(calls, kinds, strict=True):
+            if kind == "sliding_attention" and call.window is None:
+                raise UnsupportedModel(
+                    self.model, f"layer {call.layer} slides but does not say how wide its window is"
+                )
+        shapes = [
+            LayerShape(
+                call.key.shape[1],
+                call.key.shape[3],
+                call.value.shape[3],
+                call.value.dtype,
+                call.value.device,
+            )
+            for call in calls
+        ]
+        return shapes, logits.shape[-1]
+
+    def _run(
+        self, tokens: Tensor, positions: Tensor, handler: AttentionHandler, keep: int | Tensor
+    ) -> Tensor:
+        with _attention_name(self._configs, ATTENTION):
+            output = self.model(
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                past_key_values=self._no_cache,
+                use_cache=True,
+                logits_to_keep=keep,
+                specdec_handler=handler,
+            )
+        logits: Tensor = output.logits[0]
+        return logits.to(self.device)
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, plan: AttentionPlan, keep: int | Tensor = 0) -> Tensor:
+        """One pass of the model over packed rows; their keys and values are written to the pool.
+
+        Args:
+            tokens: [R] int64.
+            plan: where each row is written and what it sees.
+            keep: which rows' logits to compute: an index tensor, or the number of last rows, 0
+                for all.
+
+        Returns:
+            [kept rows, V] logits in the dtype of the model's head.
+        """
+        handler = _PagedAttention(self.cache.pool, plan, self.backend)
+        return self._run(tokens, plan.positions, handler, keep)
+
+    def prefill(
+        self, sequences: Sequence[int], prompts: Sequence[Tensor], *, chunk: int = 512
+    ) -> None:
+        """Commits prompts, packed without padding and cut into passes of at most `chunk` tokens.
+
+        Args:
+            sequences: admitted sequences, one for each prompt.
+            prompts: [length] int64 on the target's device; empty ones are left alone.
+        """
+        for part in _chunks([len(prompt) for prompt in prompts], chunk):
+            members = [sequences[index] for index, _, _ in part]
+            tokens = torch.cat([prompts[index][start:stop] for index, start, stop in part])
+            rows = [stop - start for _, start, stop in part]
+            with self.cache.speculate(members, rows) as lease:
+                self.forward(tokens, lease.plan_chains(), keep=1)
+                lease.commit()
+
+    def speculate(
+        self, sequences: Sequence[int], trees: TreeBatch, *, last_positions: Tensor | None = None
+    ) -> Scored:
+        """Scores one tree for each sequence in one pass of the model.
+
+        Use as `with target.speculate(...) as scored`: leaving without a commit rolls back.
+
+        Args:
+            sequences: admitted sequences whose cache ends just before the trees' roots.
+            trees: on the target's device.
+            last_positions: [B] int64, the last position each request may fill. Deeper nodes cannot
+                matter; their positions are held there, within what the model can embed.
+        """
+        lease = self.cache.speculate(sequences, trees.sizes)
+        try:
+            lengths = lease.lengths
+            plan = lease.plan_trees(trees)
+            if last_positions is not None:
+                held = torch.minimum(plan.positions, last_positions[trees.tree])
+                plan = replace(plan, positions=held)
+            return Scored(self.forward(trees.tokens, plan), lengths, lease)
+        except BaseException:
+            lease.rollback()
+            raise
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Trees that the target has scored; open until committed or rolled back."""
+
+    logits: Tensor  # [R, V]
+    lengths: Tensor  # [B] int64, committed lengths before this step: the roots' positions
+    lease: Speculation
+
+    def __enter__(self) -> Scored:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.lease.open:
+            self.lease.rollback()
+
+    def commit(self, paths: Tensor) -> None:
+        """Keeps the nodes on `paths` [B, D] (-1 behind the last) and forgets the others."""
+        self.lease.commit(paths)
+
+    def settle(self, kept: Sequence[int]) -> None:
+        """Tells the cache how many nodes of each path were kept, once the host knows."""
+        self.lease.settle(kept)
+
+
+def _chunks(lengths: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Cuts texts into packs of at most `chunk` tokens: (index, start, stop) of each piece."""
+    part: list[tuple[int, int, int]] = []
+    room = chunk
+    for index, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            stop = min(length, start + room)
+            part.append((index, start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield part
+                part, room = [], chunk
+    if part:
+        yield part
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    embeddings: Any = model.get_input_embeddings()
+    device: torch.device = embeddings.weight.device
+    if device.type == "meta":  # offloaded by accelerate, whose hook says where the layer runs
+        device = torch.device(embeddings._hf_hook.execution_device)
+    return device
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configurations that the model's parts read, each once."""
+    found = {
+        id(part.config): part.config
+        for part in model.modules()
+        if isinstance(part, PreTrainedModel)
+    }
+    text = model.config.get_text_config(decoder=True)
+    return list({**found, id(text): text}.values())
+
+
+@contextmanager
+def _attention_name(configs: Sequence[PreTrainedConfig], name: str) -> Iterator[None]:
+    """Sets the attention implementation for the time of one forward."""
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, old in zip(configs, before, strict=True):
+            config._attn_implementation = old

@@ -1,0 +1,108 @@
+"""Models and drafters of known quality, for tests and tables. Nothing here is a speed claim."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from specdec.drafting import SequenceDrafter
+from specdec.noise import uniform
+from specdec.tree import TokenTree
+
+
+@torch.no_grad()
+def degraded(
+    model: PreTrainedModel, *, bits: int | None = None, layers: int | None = None
+) -> PreTrainedModel:
+    """A worse copy of a model, to draft for the original where no smaller model exists.
+
+    It costs as much as the original to run, so its acceptance means something and its speed does
+    not. Greedy acceptance at depth 1 on SmolLM2-135M-Instruct is listed in `docs/drafters.md`.
+
+    Args:
+        model: left as it is.
+        bits: round every linear layer's weights to that many bits, symmetrically by output row;
+            2 to 8. The head and the embeddings keep their precision.
+        layers: keep that many decoder layers: the first and the last ones, and of the others those
+            spread evenly.
+    """
+    worse = copy.deepcopy(model)
+    if bits is not None:
+        if not 2 <= bits <= 8:
+            raise ValueError(f"bits: expected 2 to 8, got {bits}")
+        head = worse.get_output_embeddings()
+        top = 2 ** (bits - 1) - 1
+        for part in worse.modules():
+            if isinstance(part, nn.Linear) and part is not head:
+                scale = part.weight.abs().amax(1, keepdim=True).clamp_min(1e-12) / top
+                part.weight.copy_((part.weight / scale).round() * scale)
+    if layers is not None:
+        stack = worse.get_decoder().layers
+        if not 2 <= layers <= len(stack):
+            raise ValueError(f"layers: expected 2 to {len(stack)}, got {layers}")
+        kept = sorted({round(i * (len(stack) - 1) / (layers - 1)) for i in range(layers)})
+        worse.get_decoder().layers = nn.ModuleList(stack[index] for index in kept)
+        for index, layer in enumerate(worse.get_decoder().layers):
+            layer.self_attn.layer_idx = index
+        config = worse.config.get_text_config(decoder=True)
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[index] for index in kept]
+    return worse
+
+
+class RandomDrafter(SequenceDrafter):
+    """Random tokens on random trees: never right but by accident, so it exercises rollback."""
+
+    def __init__(self, vocab_size: int, seed: int = 0) -> None:
+        self._vocab_size = vocab_size
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def _integer(self, below: int) -> int:
+        return int(torch.randint(below, (), generator=self._generator))
+
+    def draft(self, tokens: Sequence[int], nodes: int) -> TokenTree:
+        size = 1 + self._integer(nodes)
+        drafts = [self._integer(self._vocab_size) for _ in range(size - 1)]
+        parents = [-1, *(self._integer(node) for node in range(1, size))]
+        return TokenTree.from_lists([tokens[-1], *drafts], parents)
+
+
+class OracleDrafter(SequenceDrafter):
+    """Knows the answers and spoils each token of them with a given probability.
+
+    The tree is a chain of the true continuation with a wrong sibling beside every node; where a
+    token is spoiled, the chain goes on below the wrong one.
+
+    Args:
+        texts: whole texts, prompt and answer; the one that starts like the sequence is used.
+        corrupt: probability of spoiling a token.
+        vocab_size: to choose wrong tokens from.
+        seed: of the spoiling.
+    """
+
+    def __init__(
+        self, texts: Sequence[Sequence[int]], *, corrupt: float, vocab_size: int, seed: int = 0
+    ) -> None:
+        self._texts = [list(text) for text in texts]
+        self._corrupt = corrupt
+        self._vocab_size = vocab_size
+        self._seed = torch.tensor(seed)
+
+    def draft(self, tokens: Sequence[int], nodes: int) -> TokenTree:
+        known = len(tokens)
+        text = next((t for t in self._texts if t[:known] == list(tokens)), [])
+        out, parents, node = [tokens[-1]], [-1], 0
+        for place in range(known, len(text)):
+            if len(out) + 2 > nodes:
+                break
+            wrong = (text[place] + 1) % self._vocab_size
+            spoiled = float(uniform(self._seed, torch.tensor(place), known)) < self._corrupt
+            out += [wrong, text[place]] if spoiled else [text[place], wrong]
+            parents += [node, node]
+            node = len(out) - 2
+        return TokenTree.from_lists(out, parents)

@@ -1,0 +1,348 @@
+"""The front door: wrap a Hugging Face model, or hand `specdec.generate` to its own `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from specdec.attention import Backend
+from specdec.drafting import Drafter
+from specdec.engine import Engine
+from specdec.generation import Call, SpeculativeOutput, Step, prepare, run, stream
+from specdec.support import causal_model, check_length
+from specdec.target import Target
+from specdec.tree import MAX_NODES
+from specdec.verify import RULES, select_rule
+
+FLUENT = frozenset(
+    {"bfloat16", "cpu", "cuda", "double", "eval", "float", "half", "requires_grad_", "to", "train"}
+)
+"""Methods of a module that return the module: on a wrapped model they return the wrapper."""
+
+OWN = frozenset({"model", "drafter", "rule", "nodes", "_target", "_target_options", "_target_key"})
+
+
+def wrap(
+    model: Any,
+    drafter: str | Drafter | PreTrainedModel = "ngram",
+    *,
+    rule: str = "auto",
+    nodes: int | None = None,
+    page_size: int = 16,
+    max_pages: int | None = None,
+    backend: Backend = "auto",
+) -> SpeculativeModel:
+    """Makes a model's `generate()` speculative without changing what it generates.
+
+    Args:
+        model: a decoder-only transformers model, or a PEFT model of layers around one. It is not
+            changed and keeps working on its own.
+        drafter: `"ngram"`, `"none"`, a smaller Hugging Face model with the same tokenizer, or any
+            `Drafter`.
+        rule: how sampled tokens are verified: `auto`, `sample-and-match`, `multi-round`. Greedy
+            decoding is always verified greedily.
+        nodes: largest token tree, its root included; 8 on a CPU and 32 elsewhere by default. A
+            pass over more rows costs more; `specdec demo` shows how to choose.
+        page_size: tokens in a page of the KV cache.
+        max_pages: upper bound for the cache's pages; None to grow as needed.
+        backend: the backend of tree attention.
+
+    Raises:
+        UnsupportedModel: the model cannot be driven with trees; the message says why.
+        TypeError, ValueError: an argument is wrong; the message names it.
+    """
+    return SpeculativeModel(
+        model,
+        drafter,
+        rule=rule,
+        nodes=nodes,
+        page_size=page_size,
+        max_pages=max_pages,
+        backend=backend,
+    )
+
+
+class SpeculativeModel:
+    """A wrapped model: `generate` and `stream` are speculative, all else is the model's own."""
+
+    model: Any
+    drafter: Drafter
+    rule: str
+    nodes: int
+    _target: Target | None
+    _target_options: dict[str, Any]
+    _target_key: tuple[torch.device, torch.dtype] | None
+
+    def __init__(
+        self,
+        model: Any,
+        drafter: str | Drafter | PreTrainedModel,
+        *,
+        rule: str,
+        nodes: int | None,
+        **target_options: Any,
+    ) -> None:
+        if rule not in ("auto", *RULES):
+            raise ValueError(f"rule: expected auto, {', '.join(RULES)}, got {rule!r}")
+        if nodes is not None and not 1 <= nodes <= MAX_NODES:
+            raise ValueError(f"nodes: expected 1 to {MAX_NODES}, got {nodes}")
+        self.model = model
+        self._target_options = target_options
+        self._target, self._target_key = None, None
+        device = self._driven().device
+        self.nodes = nodes or (8 if device.type == "cpu" else 32)
+        self.drafter = _resolve_drafter(drafter, rule)
+        self.rule = rule
+
+    def _driven(self) -> Target:
+        """The target, made anew when the model has been moved or cast since."""
+        if self.model is None:
+            raise RuntimeError("this wrapper was unwrapped; call specdec.wrap again")
+        embeddings: Any = causal_model(self.model).get_input_embeddings()
+        key = (embeddings.weight.device, embeddings.weight.dtype)
+        if self._target is None or key != self._target_key:
+            self._target = Target(self.model, **self._target_options)
+            self._target_key = key
+        return self._target
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        *,
+        streamer: BaseStreamer | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> Tensor | SpeculativeOutput:
+        """transformers' `generate()`, with its options, shapes, padding and return types.
+
+        Args:
+            inputs: [B, L] prompts, padded on the left; also as `input_ids=`.
+            generation_config, logits_processor, stopping_criteria: as in transformers.
+            streamer: gets the prompt and then the tokens of each step; for one row.
+            seed: of a sampled run. By default drawn from `generator`, or from torch's global
+                generator, so that `transformers.set_seed` works.
+            generator: to draw the seed from.
+            tokenizer: needed with `stop_strings`.
+            options: everything else `generate()` takes: `attention_mask`, `max_new_tokens`,
+                `do_sample`, `temperature`, `top_k`, `top_p`, `eos_token_id`, `stop_strings`,
+                `num_return_sequences`, `return_dict_in_generate`, ...
+
+        Returns:
+            [B, L + longest answer] token ids, or with `return_dict_in_generate=True` a
+            `SpeculativeOutput`, transformers' output with `.stats`.
+
+        Raises:
+            NotImplementedError: an option is not supported; none is ignored.
+            OutOfPages: the cache is limited by `max_pages` and too small.
+        """
+        call = self._prepare(
+            inputs, generation_config, logits_processor, stopping_criteria, tokenizer, options
+        )
+        return self._run(call, streamer, seed, generator)
+
+    def stream(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        *,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> Iterator[Step]:
+        """Like `generate`, but yields every step: new tokens, drafted and accepted nodes by row.
+
+        Options are checked at the call, not at the first step. Closing the iterator early frees
+        everything.
+        """
+        call = self._prepare(
+            inputs, generation_config, logits_processor, stopping_criteria, tokenizer, options
+        )
+        engine = self._engine(call)
+        return stream(engine, call.requests(_seed(call, seed, generator)))
+
+    def _prepare(
+        self,
+        inputs: Tensor | None,
+        generation_config: GenerationConfig | None,
+        logits_processor: LogitsProcessorList | None,
+        stopping_criteria: StoppingCriteriaList | None,
+        tokenizer: Any,
+        options: dict[str, Any],
+    ) -> Call:
+        given = {
+            "generation_config": generation_config,
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            **options,
+        }
+        stop_strings = given.pop("stop_strings", None)
+        return prepare(
+            causal_model(self.model) if self.model is not None else self._driven().model,
+            inputs,
+            stop_strings=stop_strings,
+            tokenizer=tokenizer,
+            options={name: value for name, value in given.items() if value is not None},
+        )
+
+    def _engine(self, call: Call) -> Engine:
+        target = self._driven()
+        if target.model.training:
+            raise RuntimeError(
+                "the model is in training mode, where dropout makes outputs random; "
+                "call model.eval() first"
+            )
+        check_length(target.model, call.max_length)
+        rule = select_rule(self.rule, self.drafter.law, do_sample=call.sampler.do_sample)
+        return Engine(target, self.drafter, rule, call.sampler, nodes=self.nodes)
+
+    def _run(
+        self,
+        call: Call,
+        streamer: BaseStreamer | None,
+        seed: int | None,
+        generator: torch.Generator | None,
+    ) -> Tensor | SpeculativeOutput:
+        engine = self._engine(call)
+        return run(call, engine, call.requests(_seed(call, seed, generator)), streamer)
+
+    def unwrap(self) -> Any:
+        """Frees the cache and returns the model that was wrapped."""
+        model = self.model
+        self.model, self._target = None, None
+        return model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(object.__getattribute__(self, "model"), name)
+        if name not in FLUENT:
+            return value
+
+        def fluent(*args: Any, **kwargs: Any) -> SpeculativeModel:
+            value(*args, **kwargs)
+            return self
+
+        return fluent
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OWN:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.model, name, value)
+
+    def __repr__(self) -> str:
+        return (
+            f"SpeculativeModel({type(self.model).__name__}, {self.drafter!r}, "
+            f"rule={self.rule!r}, nodes={self.nodes})"
+        )
+
+
+class Generate:
+    """A function for `model.generate(..., custom_generate=specdec.generate)`.
+
+    `with_` sets what transformers cannot hand over: it drops `streamer`, `tokenizer` and
+    `assistant_model` on the way to a custom function, and refuses arguments it does not know.
+    """
+
+    def __init__(
+        self,
+        drafter: str | Drafter | PreTrainedModel = "ngram",
+        *,
+        streamer: BaseStreamer | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        **wrap_options: Any,
+    ) -> None:
+        self._drafter = drafter
+        self._streamer = streamer
+        self._seed = seed
+        self._generator = generator
+        self._wrap_options = wrap_options
+        self._wrapped: SpeculativeModel | None = None
+
+    def with_(
+        self,
+        drafter: str | Drafter | PreTrainedModel = "ngram",
+        *,
+        streamer: BaseStreamer | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        **wrap_options: Any,
+    ) -> Generate:
+        """The same function with settings; `wrap_options` are those of `specdec.wrap`.
+
+        Keep the result to use it again: it keeps the model's cache for the next call.
+        """
+        return Generate(drafter, streamer=streamer, seed=seed, generator=generator, **wrap_options)
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor | SpeculativeOutput:
+        """Called by transformers with everything prepared."""
+        call = Call.from_transformers(
+            input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+        )
+        wrapped = self._wrapped
+        if wrapped is None or wrapped.model is not model:
+            wrapped = wrap(model, self._drafter, **self._wrap_options)
+        if self is not generate:
+            self._wrapped = wrapped
+        return wrapped._run(call, self._streamer, self._seed, self._generator)
+
+
+generate = Generate()
+"""`model.generate(..., custom_generate=specdec.generate)`: n-gram trees; see `Generate.with_`."""
+
+
+def _seed(call: Call, seed: int | None, generator: torch.Generator | None) -> int:
+    if seed is not None and generator is not None:
+        raise ValueError("seed and generator: expected at most one of them, got both")
+    if seed is not None:
+        return seed
+    if not call.sampler.do_sample:
+        return 0  # nothing is drawn; the global generator is left alone, as transformers does
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**62, (), generator=generator, device=device))
+
+
+def _resolve_drafter(drafter: str | Drafter | PreTrainedModel, rule: str) -> Drafter:
+    from specdec.drafters import DRAFTERS, DraftModel
+
+    if isinstance(drafter, Drafter):
+        return drafter
+    if isinstance(drafter, str):
+        if drafter not in DRAFTERS:
+            raise ValueError(
+                f"drafter: expected one of {', '.join(DRAFTERS)}, a model or a Drafter, "
+                f"got {drafter!r}"
+            )
+        return DRAFTERS[drafter]()
+    return DraftModel(drafter, sampled=rule == "multi-round")
+
+
+__all__: Sequence[str] = ["Generate", "SpeculativeModel", "generate", "wrap"]
