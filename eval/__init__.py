@@ -1,0 +1,1 @@
+"""Measuring: acceptance, speed and losslessness of drafters, trees, rules and backends."""
