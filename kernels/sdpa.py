@@ -59,30 +59,32 @@ def dense_groups(
 ) -> list[DenseGroup]:
     """Splits the rows by sequence and finds the keys of each. Waits for the device."""
     owners, counts = torch.unique_consecutive(sequence, return_counts=True)
+    prefixes = prefix_lens[owners].tolist()
+    tables = page_table[owners].tolist()
     groups, start = [], 0
-    for owner, count in zip(owners.tolist(), counts.tolist(), strict=True):
+    for count, prefix, table in zip(counts.tolist(), prefixes, tables, strict=True):
         rows = slice(start, start + count)
         start += count
-        prefix, own = int(prefix_lens[owner]), nodes[rows]
+        own = nodes[rows]
         place = torch.arange(int(own.max()) + 1, device=own.device)
         if ancestors is None:
             visible = place <= own[:, None]
         else:
             words = ancestors[rows][:, place // WORD_BITS]
             visible = (words >> (place % WORD_BITS)) & 1 != 0
-        slots = _slots(page_table[owner], prefix + len(place), page_size)
+        slots = _slots(table, prefix + len(place), page_size, own.device)
         groups.append(DenseGroup(rows, slots, prefix, visible))
     return groups
 
 
-def _slots(pages: Tensor, count: int, page_size: int) -> slice | Tensor:
+def _slots(table: list[int], count: int, page_size: int, device: torch.device) -> slice | Tensor:
     """Where a sequence's first `count` keys lie: a slice if its pages are neighbours."""
-    used = pages[: -(-count // page_size)]
-    first = int(used[0]) * page_size
-    if bool((used.diff() == 1).all()):
-        return slice(first, first + count)
-    offsets = torch.arange(page_size, device=pages.device)
-    return (used[:, None] * page_size + offsets).flatten()[:count]
+    pages = table[: -(-count // page_size)]
+    if pages == list(range(pages[0], pages[0] + len(pages))):
+        return slice(pages[0] * page_size, pages[0] * page_size + count)
+    offsets = torch.arange(page_size, device=device)
+    first = torch.tensor(pages, device=device)[:, None] * page_size
+    return (first + offsets).flatten()[:count]
 
 
 def tree_attention(

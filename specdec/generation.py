@@ -269,7 +269,9 @@ def _is_neutral(name: str, value: object) -> bool:
 
 
 def _check_options(config: GenerationConfig) -> None:
-    for name, value in config.to_dict().items():
+    # transformers derives min_length from min_new_tokens: name what the user gave.
+    options = {"min_new_tokens": config.min_new_tokens, **config.to_dict()}
+    for name, value in options.items():
         if name.startswith("_"):  # transformers' own notes on a prepared call
             continue
         if name not in SUPPORTED_OPTIONS | IRRELEVANT_OPTIONS and not _is_neutral(name, value):

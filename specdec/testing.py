@@ -4,14 +4,73 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specdec.drafting import SequenceDrafter
 from specdec.noise import uniform
 from specdec.tree import TokenTree
+
+TINY: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+_EXPERTS = {"num_experts_per_tok": 2, "head_dim": 16}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 7},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 16},
+    "Qwen3Moe": {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 32},
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Phi3": {},
+    "Gemma2": {"head_dim": 16, "sliding_window": 7},  # soft cap, alternating windows
+    "Gemma3Text": {"head_dim": 16, "sliding_window": 7},
+    "Olmo2": {},
+    "Granite": {},
+    "Cohere2": {"sliding_window": 7, "num_hidden_layers": 4},
+    "GPTNeoX": {"num_key_value_heads": None},
+    "GPT2": {},
+    "GptOss": {**_EXPERTS, "num_local_experts": 4, "sliding_window": 7},  # sinks
+}
+
+
+def tiny_model(name: str, **changes: Any) -> PreTrainedModel:
+    """A random model of a few thousand weights with a vocabulary of 97.
+
+    Its logits are far enough apart that greedy decoding is well defined, and no weight is zero.
+
+    Args:
+        name: a key of `ARCHITECTURES`, or any other causal model of transformers.
+        changes: to its configuration.
+    """
+    options = {**TINY, **ARCHITECTURES.get(name, {}), **changes}
+    if name == "GPT2":
+        options |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    options = {key: value for key, value in options.items() if value is not None or "token" in key}
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{name}Config")(**options)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(4)
+            elif not weight.any():
+                weight.normal_()  # biases and sinks start at zero, where mistakes would not show
+    assert isinstance(model, PreTrainedModel)
+    return model
 
 
 @torch.no_grad()

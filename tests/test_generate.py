@@ -1,0 +1,461 @@
+"""Wrapped `generate()` is transformers' `generate()`: options, shapes, padding, streams, errors."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    pipeline,
+    set_seed,
+)
+
+import specdec
+from specdec import OutOfPages, SequenceDrafter, SpeculativeModel, TokenTree
+from specdec.drafters import DraftModel
+from specdec.testing import TINY, OracleDrafter, RandomDrafter, degraded, tiny_model
+
+VOCAB = TINY["vocab_size"]
+
+
+def greedy(model: Any, prompts: Tensor, new: int) -> Tensor:
+    out = model.generate(prompts, max_new_tokens=new, do_sample=False)
+    assert isinstance(out, Tensor)
+    return out
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model("Llama")
+
+
+@pytest.fixture
+def prompts() -> Tensor:
+    return torch.randint(1, VOCAB, (3, 8))
+
+
+def oracle(model: Any, prompts: Tensor, **options: Any) -> OracleDrafter:
+    """Knows the greedy continuations, so that accepted paths run over every stop."""
+    texts = []
+    for row in range(len(prompts)):
+        mask = options.get("attention_mask")
+        prompt = prompts[row] if mask is None else prompts[row][mask[row] != 0]
+        texts.append(greedy(model, prompt[None], 60)[0].tolist())
+    return OracleDrafter(texts, corrupt=0.1, vocab_size=VOCAB)
+
+
+def wrap(model: Any, prompts: Tensor, **options: Any) -> SpeculativeModel:
+    return specdec.wrap(model, oracle(model, prompts, **options), nodes=16)
+
+
+def left_padded(prompts: Tensor) -> dict[str, Tensor]:
+    mask = torch.ones_like(prompts)
+    mask[0, :5], mask[2, :1] = 0, 0
+    return {"input_ids": prompts * mask, "attention_mask": mask}
+
+
+def test_left_padded_batches_come_back_as_from_transformers(
+    model: PreTrainedModel, prompts: Tensor
+) -> None:
+    inputs = left_padded(prompts)
+    options: dict[str, Any] = {**inputs, "max_new_tokens": 30, "do_sample": False}
+    expected = model.generate(**options)
+    eos = int(expected[1, 8 + 11])  # row 1 ends in the middle, the others go on or end elsewhere
+    for stop in ({}, {"eos_token_id": eos}, {"eos_token_id": [eos, int(expected[0, 8 + 4])]}):
+        expected = model.generate(**options, **stop, pad_token_id=0)
+        wrapped = wrap(model, **{"prompts": prompts, **inputs, "input_ids": None})
+        assert torch.equal(wrapped.generate(**options, **stop, pad_token_id=0), expected)
+
+
+def test_pads_are_found_without_a_mask_and_never_computed(
+    model: PreTrainedModel, prompts: Tensor
+) -> None:
+    inputs = left_padded(prompts)
+    expected = model.generate(inputs["input_ids"], max_new_tokens=10, do_sample=False)
+    out = specdec.wrap(model).generate(
+        inputs["input_ids"], max_new_tokens=10, do_sample=False, return_dict_in_generate=True
+    )
+    assert torch.equal(out.sequences, expected)
+    assert out.stats.prompt_tokens == int(inputs["attention_mask"].sum())
+
+
+@pytest.mark.parametrize("new", [1, 2, 7, 8])
+def test_length_limits_cut_accepted_paths(
+    model: PreTrainedModel, prompts: Tensor, new: int
+) -> None:
+    wrapped = wrap(model, prompts)
+    for limit in ({"max_new_tokens": new}, {"max_length": 8 + new}):
+        expected = model.generate(prompts, **limit, do_sample=False)
+        assert torch.equal(wrapped.generate(prompts, **limit, do_sample=False), expected)
+
+
+class StopAt(StoppingCriteria):  # type: ignore[misc]
+    """Stops each row at a length of its own, and remembers what it was shown."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+        self.seen: list[int] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.seen.append(input_ids.shape[1])
+        return input_ids[:, -1] == self.token
+
+
+def test_a_users_stopping_criterion_sees_every_token(
+    model: PreTrainedModel, prompts: Tensor
+) -> None:
+    prompt = prompts[:1]
+    full = model.generate(prompt, max_new_tokens=30, do_sample=False)
+    stop = int(full[0, 8 + 13])
+    options = {"max_new_tokens": 30, "do_sample": False}
+    theirs, ours = StopAt(stop), StopAt(stop)
+    expected = model.generate(prompt, stopping_criteria=StoppingCriteriaList([theirs]), **options)
+    out = wrap(model, prompt).generate(
+        prompt, stopping_criteria=StoppingCriteriaList([ours]), **options
+    )
+    assert torch.equal(out, expected)
+    assert ours.seen == theirs.seen
+
+
+def test_num_return_sequences_and_seeds(model: PreTrainedModel, prompts: Tensor) -> None:
+    wrapped = specdec.wrap(model)
+    options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 12, "num_return_sequences": 4}
+    first = wrapped.generate(prompts, **options, seed=1)
+    assert first.shape == (12, 20)
+    assert len({tuple(row) for row in first.tolist()}) > 3
+    assert torch.equal(wrapped.generate(prompts, **options, seed=1), first)
+    assert not torch.equal(wrapped.generate(prompts, **options, seed=2), first)
+    set_seed(5)
+    by_global = wrapped.generate(prompts, **options)
+    set_seed(5)
+    assert torch.equal(wrapped.generate(prompts, **options), by_global)
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    runs = [wrapped.generate(prompts, **options, generator=g) for g in generators]
+    assert torch.equal(*runs)
+    set_seed(5)
+    state = torch.get_rng_state()
+    greedy(wrapped, prompts, 3)
+    assert torch.equal(torch.get_rng_state(), state), "greedy decoding draws nothing"
+
+
+def test_generation_config_and_model_defaults_apply(
+    model: PreTrainedModel, prompts: Tensor
+) -> None:
+    config = GenerationConfig(max_new_tokens=9, do_sample=False, eos_token_id=5, pad_token_id=0)
+    expected = model.generate(prompts, generation_config=config)
+    wrapped = wrap(model, prompts)
+    assert torch.equal(wrapped.generate(prompts, generation_config=config), expected)
+    assert torch.equal(
+        wrapped.generate(inputs=prompts, max_new_tokens=9),
+        model.generate(inputs=prompts, max_new_tokens=9),
+    )
+
+
+def test_return_dict_has_statistics(model: PreTrainedModel, prompts: Tensor) -> None:
+    out = wrap(model, prompts).generate(
+        prompts, max_new_tokens=30, do_sample=False, return_dict_in_generate=True
+    )
+    stats = out.stats
+    assert out["sequences"] is out.sequences
+    assert stats.tokens == 90
+    assert stats.tokens_per_step == stats.tokens / stats.steps > 2
+    assert stats.accepted == sum(stats.accepted_at.values())
+    assert stats.reached[1] == stats.steps - 3 or stats.reached[1] <= stats.steps
+    assert all(0 <= rate <= 1 for rate in stats.acceptance_by_depth.values())
+    assert 0 < sum(stats.seconds[phase] for phase in specdec.stats.PHASES) <= stats.seconds["total"]
+    twice = stats + stats
+    assert twice.tokens == 180
+    assert twice.tokens_per_step == stats.tokens_per_step
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.chunks: list[list[int]] = []
+        self.ended = 0
+
+    def put(self, value: Tensor) -> None:
+        self.chunks.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_a_streamer_gets_the_prompt_and_every_token_once(
+    model: PreTrainedModel, prompts: Tensor
+) -> None:
+    prompt, recorder = prompts[:1], Recorder()
+    out = wrap(model, prompt).generate(
+        prompt,
+        max_new_tokens=20,
+        do_sample=False,
+        streamer=recorder,  # type: ignore[arg-type]
+    )
+    assert recorder.chunks[0] == prompt[0].tolist()
+    assert list(chain.from_iterable(recorder.chunks)) == out[0].tolist()
+    assert recorder.ended == 1
+    with pytest.raises(ValueError, match=r"streamer: expected a batch of one, got 3 rows"):
+        wrap(model, prompts).generate(prompts, streamer=recorder)  # type: ignore[arg-type]
+
+
+def test_stream_yields_steps_and_may_be_left_early(model: PreTrainedModel, prompts: Tensor) -> None:
+    wrapped = wrap(model, prompts)
+    expected = wrapped.generate(prompts, max_new_tokens=20, do_sample=False)
+    rows: list[list[int]] = [[], [], []]
+    for step in wrapped.stream(prompts, max_new_tokens=20, do_sample=False):
+        for row, tokens in step.tokens.items():
+            rows[row] += tokens
+            assert step.accepted[row] <= step.drafted[row]
+            assert len(tokens) <= step.accepted[row] + 1
+    assert rows == expected[:, 8:].tolist()
+    steps = wrapped.stream(prompts, max_new_tokens=20, do_sample=False)
+    next(steps)
+    assert wrapped._driven().cache.sequences
+    del steps
+    gc.collect()
+    assert_nothing_left(wrapped)
+
+
+def assert_nothing_left(wrapped: SpeculativeModel) -> None:
+    caches = [wrapped._driven().cache]
+    if isinstance(wrapped.drafter, DraftModel):
+        caches.append(wrapped.drafter._target.cache)
+    for cache in caches:
+        cache.check_integrity()
+        assert not cache.sequences
+        assert cache.pool.num_free == cache.pool.num_pages
+
+
+class Failing(SequenceDrafter):
+    def __init__(self, error: BaseException) -> None:
+        self.error, self.calls = error, 0
+
+    def draft(self, tokens: Sequence[int], nodes: int) -> TokenTree:
+        self.calls += 1
+        if self.calls > 4:
+            raise self.error
+        return TokenTree.chain(tokens[-1], [1, 2, 3])
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), KeyboardInterrupt()])
+def test_an_error_in_the_drafter_leaves_nothing_behind(
+    model: PreTrainedModel, prompts: Tensor, error: BaseException
+) -> None:
+    wrapped, recorder = specdec.wrap(model, Failing(error)), Recorder()
+    with pytest.raises(type(error)):
+        wrapped.generate(prompts[:1], max_new_tokens=20, streamer=recorder)  # type: ignore[arg-type]
+    assert recorder.ended == 1
+    assert_nothing_left(wrapped)
+
+
+def test_running_out_of_pages_says_so_and_leaves_nothing_behind(
+    model: PreTrainedModel, prompts: Tensor
+) -> None:
+    wrapped = specdec.wrap(model, RandomDrafter(VOCAB), nodes=8, max_pages=5)
+    with pytest.raises(
+        OutOfPages, match=r"need \d pages of 16 tokens, have \d free of 5"
+    ) as caught:
+        wrapped.generate(prompts, max_new_tokens=100, do_sample=False)
+    assert caught.value.need > caught.value.have
+    assert_nothing_left(wrapped)
+    expected = model.generate(prompts[:1], max_new_tokens=40, do_sample=False)
+    assert torch.equal(wrapped.generate(prompts[:1], max_new_tokens=40, do_sample=False), expected)
+    drafter = DraftModel(degraded(model, bits=4), max_pages=3)
+    starved = specdec.wrap(model, drafter, nodes=8)
+    with pytest.raises(OutOfPages):
+        starved.generate(prompts, max_new_tokens=100, do_sample=False)
+    assert_nothing_left(starved)
+
+
+def test_a_malformed_proposal_is_named_and_leaves_nothing_behind(
+    model: PreTrainedModel, prompts: Tensor
+) -> None:
+    class Wrong(SequenceDrafter):
+        def __init__(self, tree: TokenTree) -> None:
+            self.tree = tree
+
+        def draft(self, tokens: Sequence[int], nodes: int) -> TokenTree:
+            return self.tree
+
+    cases = [
+        (TokenTree.root(0), "Wrong.draft: expected the root to be the last token"),
+        (TokenTree.chain(int(prompts[0, -1]), [1] * 20), "Wrong.draft: expected at most 8 nodes"),
+        (TokenTree.chain(int(prompts[0, -1]), [VOCAB]), f"vocabulary size {VOCAB}, got {VOCAB}"),
+    ]
+    for tree, message in cases:
+        wrapped = specdec.wrap(model, Wrong(tree), nodes=8)
+        with pytest.raises(ValueError, match=message):
+            wrapped.generate(prompts[:1], max_new_tokens=20)
+        assert_nothing_left(wrapped)
+
+
+def test_custom_generate_runs_inside_the_models_own_generate(
+    model: PreTrainedModel, prompts: Tensor
+) -> None:
+    inputs = left_padded(prompts)
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    assert torch.equal(
+        model.generate(**inputs, **options, custom_generate=specdec.generate), expected
+    )
+    recorder = Recorder()
+    chosen = specdec.generate.with_(
+        drafter=oracle(model, prompts),
+        nodes=16,
+        streamer=recorder,  # type: ignore[arg-type]
+    )
+    prompt = prompts[:1]
+    out = model.generate(prompt, **options, custom_generate=chosen, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, model.generate(prompt, **options))
+    assert list(chain.from_iterable(recorder.chunks)) == out.sequences[0].tolist()
+    assert out.stats.tokens_per_step > 2
+    with pytest.raises(NotImplementedError, match=r"repetition_penalty=1\.3 is not supported yet"):
+        model.generate(prompt, repetition_penalty=1.3, custom_generate=specdec.generate)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 4}, "num_beams=4 is not supported: use do_sample"),
+        ({"inputs_embeds": torch.zeros(1, 4, 32)}, "inputs_embeds=Tensor is not supported: pass"),
+        ({"past_key_values": object()}, "past_key_values=object is not supported: pass the whole"),
+        ({"assistant_model": object()}, "assistant_model=object is not supported: pass it as"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens=3 .*drafter='ngram'"),
+        ({"output_scores": True}, "output_scores=True is not supported"),
+        ({"output_hidden_states": True}, "output_hidden_states=True is not supported"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 is not supported yet"),
+        ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size=2 is not supported yet"),
+        ({"min_new_tokens": 2}, "min_new_tokens=2 is not supported yet"),
+        ({"do_sample": True, "min_p": 0.1}, "min_p=0.1 is not supported yet"),
+        ({"bad_words_ids": [[3]]}, "bad_words_ids=list is not supported yet"),
+        ({"guidance_scale": 2.0}, "guidance_scale=2.0 is not supported yet"),
+        ({"cache_implementation": "static"}, "cache_implementation='static' is not supported"),
+        ({"custom_generate": "some/repo"}, "custom_generate='some/repo' is not supported"),
+        ({"position_ids": torch.zeros(1, 8)}, "position_ids=Tensor is not supported"),
+        (
+            {"logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(3, 5)])},
+            "MinLengthLogitsProcessor is not supported yet",
+        ),
+        ({"prefix_allowed_tokens_fn": lambda *_: [1]}, "PrefixConstrainedLogitsProcessor"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_unsupported_options_are_refused_by_name(
+    model: PreTrainedModel, prompts: Tensor, options: dict[str, Any], message: str
+) -> None:
+    wrapped = specdec.wrap(model, "none")
+    with pytest.raises(NotImplementedError, match=message):
+        wrapped.generate(prompts[:1], max_new_tokens=4, **options)
+    assert_nothing_left(wrapped)
+
+
+def test_wrong_arguments_are_named(model: PreTrainedModel, prompts: Tensor) -> None:
+    wrapped = specdec.wrap(model)
+    mask = torch.ones_like(prompts)
+    mask[0, -2:] = 0
+    with pytest.raises(ValueError, match="attention_mask: expected padding on the left only"):
+        wrapped.generate(prompts, attention_mask=mask, max_new_tokens=4)
+    with pytest.raises(ValueError, match="seed and generator: expected at most one"):
+        wrapped.generate(prompts, seed=1, generator=torch.Generator())
+    with pytest.raises(ValueError, match="stop_strings: pass tokenizer="):
+        wrapped.generate(prompts, stop_strings=["x"])
+    with pytest.raises(ValueError, match="drafter: expected one of none, ngram"):
+        specdec.wrap(model, "telepathy")
+    with pytest.raises(ValueError, match="rule: expected auto"):
+        specdec.wrap(model, rule="hope")
+    with pytest.raises(ValueError, match="nodes: expected 1 to 256, got 0"):
+        specdec.wrap(model, nodes=0)
+    with pytest.raises(ValueError, match="typo"):
+        wrapped.generate(prompts, typo=3)
+
+
+def test_training_mode_is_refused_and_the_model_stays_the_users(
+    model: PreTrainedModel, prompts: Tensor, tmp_path: Any
+) -> None:
+    trainable = tiny_model("Llama")
+    wrapped = specdec.wrap(trainable)
+    before = {name: weight.clone() for name, weight in trainable.named_parameters()}
+    assert wrapped.train() is wrapped
+    with pytest.raises(RuntimeError, match=r"call model.eval\(\) first"):
+        wrapped.generate(prompts, max_new_tokens=4)
+    wrapped(prompts, labels=prompts).loss.backward()  # training works while wrapped
+    assert all(weight.grad is not None for weight in trainable.parameters())
+    trainable.zero_grad()
+    wrapped.eval()
+    expected = trainable.generate(prompts, max_new_tokens=8, do_sample=False)
+    assert torch.equal(wrapped.generate(prompts, max_new_tokens=8, do_sample=False), expected)
+    wrapped.save_pretrained(tmp_path)
+    again = type(trainable).from_pretrained(tmp_path)
+    assert all(torch.equal(before[name], weight) for name, weight in again.named_parameters())
+    assert again.config._attn_implementation == trainable.config._attn_implementation
+    assert wrapped.unwrap() is trainable
+    with pytest.raises(RuntimeError, match="unwrapped"):
+        wrapped.generate(prompts)
+
+
+def test_a_model_that_was_cast_after_wrapping_gets_a_new_cache(prompts: Tensor) -> None:
+    wrapped = specdec.wrap(tiny_model("Llama"), "none")
+    assert wrapped._driven().cache.pool.layers[0].dtype == torch.float32
+    assert wrapped.to(torch.bfloat16) is wrapped
+    wrapped.generate(prompts, max_new_tokens=4)
+    assert wrapped._driven().cache.pool.layers[0].dtype == torch.bfloat16
+
+
+def test_peft_adapters_are_used(model: PreTrainedModel, prompts: Tensor) -> None:
+    from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+
+    base = tiny_model("Llama")
+    plain = greedy(base, prompts, 16)
+    adapted: Any = get_peft_model(
+        base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    ).eval()
+    expected = adapted.generate(input_ids=prompts, max_new_tokens=16, do_sample=False)
+    wrapped = specdec.wrap(adapted, RandomDrafter(VOCAB))
+    assert torch.equal(wrapped.generate(prompts, max_new_tokens=16, do_sample=False), expected)
+    assert not torch.equal(expected, plain)
+    with adapted.disable_adapter():
+        assert torch.equal(wrapped.generate(prompts, max_new_tokens=16, do_sample=False), plain)
+    tuned = get_peft_model(
+        tiny_model("Llama"), PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
+    )
+    with pytest.raises(specdec.UnsupportedModel, match="PROMPT_TUNING adds virtual tokens"):
+        specdec.wrap(tuned)
+
+
+class TestRealModel:
+    """What needs a tokenizer, on SmolLM2."""
+
+    def test_stop_strings_pipeline_and_text_streamers(self, smollm2: tuple[Any, Any]) -> None:
+        model, tokenizer = smollm2
+        wrapped = specdec.wrap(model, "ngram")
+        inputs = tokenizer("One, two, three, four, five. One, two, three,", return_tensors="pt")
+        options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
+        stop: dict[str, Any] = {"stop_strings": ["five"], "tokenizer": tokenizer}
+        expected = model.generate(**inputs, **options, **stop)
+        assert torch.equal(wrapped.generate(**inputs, **options, **stop), expected)
+        assert tokenizer.decode(expected[0]).endswith("five")
+
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+        out = wrapped.generate(**inputs, **options, streamer=streamer)
+        width = inputs["input_ids"].shape[1]
+        assert "".join(streamer) == tokenizer.decode(out[0, width:])
+
+        texts = ["The sea is", "Once upon a time there was"]
+        tokenizer.padding_side = "left"
+        pipes = [
+            pipeline("text-generation", model=m, tokenizer=tokenizer, batch_size=2)  # type: ignore[call-overload]
+            for m in (model, wrapped)
+        ]
+        theirs, ours = (pipe(texts, **options) for pipe in pipes)
+        assert ours == theirs

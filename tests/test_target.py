@@ -1,0 +1,203 @@
+"""Every supported architecture decodes as transformers does; the others are refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import specdec
+from specdec.support import UnsupportedModel
+from specdec.target import Target
+from specdec.testing import ARCHITECTURES, TINY, OracleDrafter, RandomDrafter, tiny_model
+from specdec.tree import TokenTree, TreeBatch
+
+VOCAB = TINY["vocab_size"]
+
+
+def greedy(model: Any, prompts: Tensor, new: int = 64) -> Tensor:
+    out = model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new, do_sample=False
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+def assert_same_greedy(model: Any, got: Tensor, expected: Tensor, width: int) -> None:
+    """Equal, except behind a first difference where the model's top two logits are a near-tie."""
+    for mine, theirs in zip(got, expected, strict=True):
+        differ = (mine != theirs).nonzero()
+        if len(differ):
+            first = int(differ[0])
+            with torch.no_grad():
+                top = model(theirs[None, :first]).logits[0, -1].topk(2).values
+            assert float(top[0] - top[1]) < 1e-4, f"first difference at token {first - width}"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_greedy_tokens_equal_those_of_transformers(name: str) -> None:
+    model = tiny_model(name)
+    before = model.config._attn_implementation
+    prompts = torch.randint(1, VOCAB, (3, 9))
+    expected = greedy(model, prompts)
+    assert len(expected.unique()) > 10, "the model repeats itself: the test would show little"
+    for drafter in (
+        RandomDrafter(VOCAB),
+        OracleDrafter(expected.tolist(), corrupt=0.3, vocab_size=VOCAB),
+    ):
+        wrapped = specdec.wrap(model, drafter, nodes=24)
+        out = wrapped.generate(
+            prompts, max_new_tokens=64, do_sample=False, return_dict_in_generate=True
+        )
+        assert_same_greedy(model, out.sequences, expected, 9)
+        if isinstance(drafter, OracleDrafter):
+            assert out.stats.tokens_per_step > 2
+        cache = wrapped._driven().cache
+        cache.check_integrity()
+        assert not cache.sequences
+        assert cache.pool.num_free == cache.pool.num_pages
+    assert model.config._attn_implementation == before
+    assert torch.equal(greedy(model, prompts), expected)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "GptOss"])
+def test_the_reference_backend_agrees_on_whole_models(name: str) -> None:
+    model = tiny_model(name)
+    prompts = torch.randint(1, VOCAB, (2, 9))
+    expected = greedy(model, prompts, 12)
+    oracle = OracleDrafter(expected.tolist(), corrupt=0.3, vocab_size=VOCAB)
+    out = greedy(specdec.wrap(model, oracle, backend="reference"), prompts, 12)
+    assert_same_greedy(model, out, expected, 9)
+
+
+def test_long_prompts_are_prefilled_in_chunks_across_requests() -> None:
+    model = tiny_model("Mistral")
+    target = Target(model)
+    prompts = [torch.randint(1, VOCAB, (length,)) for length in (70, 1, 33)]
+    sequences = [target.cache.admit() for _ in prompts]
+    target.prefill(sequences, [prompt[:-1] for prompt in prompts], chunk=16)
+    roots = [TokenTree.root(int(prompt[-1])) for prompt in prompts]
+    trees = TreeBatch.pack(roots, vocab_size=VOCAB)
+    with target.speculate(sequences, trees) as scored:
+        for row, prompt in enumerate(prompts):
+            with torch.no_grad():
+                expected = model(prompt[None]).logits[0, -1]
+            torch.testing.assert_close(scored.logits[row], expected, rtol=1e-4, atol=1e-4)
+    target.cache.check_integrity()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "Mamba": ({"state_size": 4}, "(linear_attention layers|recurrent)"),
+    "Lfm2": ({"layer_types": ["conv", "full_attention"]}, "conv layers keep a state"),
+    "Qwen3Next": (
+        {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4, "head_dim": 16},
+        "linear_attention layers keep a state",
+    ),
+    "Bloom": ({"n_layer": 2}, "ignores transformers' `AttentionInterface`"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_work_is_refused_by_name(name: str) -> None:
+    changes, reason = REFUSED[name]
+    options = {**TINY, **changes}
+    config = getattr(transformers, f"{name}Config")(
+        **{key: value for key, value in options.items() if value is not None or "token" in key}
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(
+        UnsupportedModel, match=f"^{type(model).__name__} is not supported: .*{reason}"
+    ):
+        specdec.wrap(model)
+
+
+def test_encoder_decoders_and_headless_models_are_refused() -> None:
+    small = {"d_model": 32, "d_ff": 64, "num_layers": 1, "num_heads": 2, "vocab_size": VOCAB}
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**small))
+    with pytest.raises(UnsupportedModel, match="cross-attention to an encoder"):
+        specdec.wrap(t5)
+    with pytest.raises(UnsupportedModel, match="no language modeling head"):
+        specdec.wrap(tiny_model("Llama").model)
+    with pytest.raises(
+        TypeError, match="expected a transformers model or a PEFT model, got Linear"
+    ):
+        specdec.wrap(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_switch_are_refused_where_a_run_could_cross(kind: str) -> None:
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4}
+    if kind == "dynamic":
+        rope["factor"] = 2.0
+    else:
+        rope |= {
+            "short_factor": [1.0] * 4,
+            "long_factor": [2.0] * 4,
+            "original_max_position_embeddings": 64,
+        }
+    limit = 256 if kind == "dynamic" else 64
+    model = tiny_model("Llama", rope_parameters=rope)
+    prompts = torch.randint(1, VOCAB, (1, 9))
+    expected = greedy(model, prompts, limit - 9)
+    wrapped = specdec.wrap(model, RandomDrafter(VOCAB))
+    assert_same_greedy(model, greedy(wrapped, prompts, limit - 9), expected, 9)
+    with pytest.raises(
+        UnsupportedModel, match=f"change beyond {limit} tokens .* reach {limit + 1}"
+    ):
+        greedy(wrapped, prompts, limit - 8)
+
+
+def test_learned_positions_may_be_used_to_the_last() -> None:
+    """Nodes deeper than the length limit must not ask for positions that do not exist."""
+    model = tiny_model("GPT2")
+    prompts = torch.randint(1, VOCAB, (1, 200))
+    expected = greedy(model, prompts, 56)
+    oracle = OracleDrafter(expected.tolist(), corrupt=0.1, vocab_size=VOCAB)
+    for drafter in (oracle, RandomDrafter(VOCAB)):
+        out = greedy(specdec.wrap(model, drafter, nodes=16), prompts, 56)
+        assert_same_greedy(model, out, expected, 200)
+
+
+class Boom(Exception):
+    pass
+
+
+def test_an_exception_in_the_model_leaves_nothing_behind() -> None:
+    model = tiny_model("Llama")
+    prompts = torch.randint(1, VOCAB, (2, 9))
+    wrapped = specdec.wrap(model, RandomDrafter(VOCAB))
+    expected = greedy(wrapped, prompts, 8)
+    calls = 0
+
+    def fail_in_the_third_pass(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise Boom
+
+    hook = model.model.layers[1].register_forward_hook(fail_in_the_third_pass)
+    before = model.config._attn_implementation
+    with pytest.raises(Boom):
+        greedy(wrapped, prompts, 8)
+    hook.remove()
+    assert model.config._attn_implementation == before
+    cache = wrapped._driven().cache
+    cache.check_integrity()
+    assert not cache.sequences
+    assert torch.equal(greedy(wrapped, prompts, 8), expected)
+
+
+def test_layers_may_live_on_several_devices() -> None:
+    """accelerate's hooks move rows between devices; offloaded weights come and go."""
+    from accelerate import cpu_offload
+
+    model = tiny_model("Llama")
+    prompts = torch.randint(1, VOCAB, (2, 9))
+    expected = greedy(model, prompts, 16)
+    cpu_offload(model, torch.device("cpu"))
+    out = greedy(specdec.wrap(model, RandomDrafter(VOCAB)), prompts, 16)
+    assert_same_greedy(model, out, expected, 9)

@@ -1,0 +1,258 @@
+"""Acceptance rules: exact laws by enumeration, and the joint law through the public generate()."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import specdec
+from specdec import testing, verify
+from specdec.drafters import DraftModel
+from specdec.noise import Purpose, split_seeds, uniform
+from specdec.sampling import Sampler, draw
+from specdec.tree import ProposalLaw, TokenTree, Topology, TreeBatch
+from specdec.verify import Greedy, MultiRound, Noise, SampleAndMatch, multi_round_law, select_rule
+
+V = 4
+
+
+def random_law(generator: torch.Generator, sharp: float = 1.5) -> Tensor:
+    return (torch.randn(V, generator=generator).double() * sharp).softmax(-1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("children", [1, 2, 3])
+@pytest.mark.parametrize("law", [ProposalLaw.DETERMINISTIC, ProposalLaw.IID])
+def test_one_group_of_siblings_gives_the_target_exactly(
+    law: ProposalLaw, children: int, seed: int
+) -> None:
+    """Sums the shipped law over every group that could have been drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    target, draft = random_law(generator), random_law(generator)
+    drawn = law == ProposalLaw.IID
+    groups = list(itertools.product(range(V), repeat=children)) if drawn else [(2, 0, 3)[:children]]
+    out = torch.zeros(V, dtype=torch.float64)
+    for group in groups:
+        tokens = torch.tensor([group])
+        accept, residual = multi_round_law(
+            target[None],
+            draft[None] if drawn else None,
+            tokens,
+            torch.ones_like(tokens, dtype=torch.bool),
+            torch.tensor([law], dtype=torch.int8),
+        )
+        chance = draft[list(group)].prod() if drawn else torch.tensor(1.0).double()
+        for token, accepted in zip(group, accept[0], strict=True):
+            out[token] += chance * accepted
+            chance = chance * (1 - accepted)
+        out += chance * residual[0]
+    torch.testing.assert_close(out, target, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("grid", [1000])
+def test_a_draw_over_a_grid_of_uniforms_gives_the_distribution(grid: int) -> None:
+    probs = torch.tensor([0.0, 0.125, 0.0, 0.5, 0.375, 0.0])
+    uniforms = (torch.arange(grid).double() + 0.5) / grid
+    tokens = draw(probs.expand(grid, -1), uniforms)
+    assert (torch.bincount(tokens, minlength=6) / grid).tolist() == probs.tolist()
+    ends = draw(probs.expand(2, -1), torch.tensor([0.0, 1 - 2**-53]).double())
+    assert ends.tolist() == [1, 4]  # never a token without probability
+
+
+def test_the_noise_is_uniform_independent_and_a_function_of_its_key() -> None:
+    seeds = split_seeds(1, 500)
+    assert len(set(seeds.tolist())) == 500
+    numbers = uniform(seeds[:, None], torch.arange(40)[None], Purpose.SAMPLE)
+    assert torch.equal(numbers, uniform(seeds[:, None], torch.arange(40)[None], Purpose.SAMPLE))
+    assert stats.kstest(numbers.flatten().numpy(), "uniform").pvalue > 1e-3
+    others = [
+        uniform(seeds[:, None], torch.arange(40)[None], Purpose.ACCEPT),
+        uniform(seeds[:, None], torch.arange(1, 41)[None], Purpose.SAMPLE),
+        uniform(seeds[:, None] + 1, torch.arange(40)[None], Purpose.SAMPLE),
+    ]
+    for other in others:
+        pair = torch.stack([numbers.flatten(), other.flatten()])
+        assert abs(float(torch.corrcoef(pair)[0, 1])) < 0.03
+
+
+def noise(batch: int) -> Noise:
+    return Noise(split_seeds(3, batch), torch.arange(batch) + 10)
+
+
+def test_greedy_takes_the_deepest_path_of_likeliest_tokens() -> None:
+    trees = [
+        TokenTree.from_lists([9, 1, 2, 3, 4], [-1, 0, 0, 2, 3]),
+        TokenTree.root(9),
+        TokenTree.from_lists([9, 1, 1, 5], [-1, 0, 0, 2]),
+    ]
+    batch = TreeBatch.pack(trees, vocab_size=10)
+    logits = torch.zeros(len(batch.tokens), 10)
+    for row, token in enumerate([2, 0, 3, 7, 0, 6, 1, 8, 5, 0]):
+        logits[row, token] = 1
+    outcome = Greedy().verify(batch, logits, noise(3))
+    assert outcome.paths.tolist() == [[0, 2, 3, -1], [0, -1, -1, -1], [0, 1, -1, -1]]
+    assert outcome.next_tokens.tolist() == [7, 6, 8]
+    assert outcome.continued.tolist() == [True, False, False]
+    assert outcome.lengths.tolist() == [3, 1, 2]
+
+
+@pytest.mark.parametrize("rule", [SampleAndMatch(), MultiRound()])
+def test_an_empty_tree_is_plain_sampling_with_the_same_numbers(rule: verify.AcceptanceRule) -> None:
+    batch = TreeBatch.pack([TokenTree.root(0)] * 50, vocab_size=V)
+    probs = torch.rand(50, V).softmax(-1)
+    plain = draw(probs, noise(50).at(torch.arange(50), 0, Purpose.SAMPLE))
+    assert torch.equal(rule.verify(batch, probs, noise(50)).next_tokens, plain)
+
+
+@pytest.mark.parametrize("rule", [SampleAndMatch(), MultiRound()])
+def test_the_place_in_the_batch_does_not_matter(rule: verify.AcceptanceRule) -> None:
+    generator = torch.Generator().manual_seed(5)
+    trees = [
+        TokenTree.from_lists([0, 1, 2, 3, 1], [-1, 0, 0, 1, 1]),
+        TokenTree.root(2),
+        TokenTree.chain(1, [3, 3, 0]),
+    ]
+    probs = [torch.rand(len(tree), V, generator=generator).softmax(-1) for tree in trees]
+    together = rule.verify(TreeBatch.pack(trees, vocab_size=V), torch.cat(probs), noise(len(trees)))
+    for index, tree in enumerate(trees):
+        keyed = Noise(noise(3).seeds[index : index + 1], noise(3).next_positions[index : index + 1])
+        alone = rule.verify(TreeBatch.pack([tree], vocab_size=V), probs[index], keyed)
+        width = alone.paths.shape[1]
+        assert together.paths[index, :width].tolist() == alone.paths[0].tolist()
+        assert together.next_tokens[index] == alone.next_tokens[0]
+
+
+def test_an_illegal_rule_is_refused_with_the_legal_ones_named() -> None:
+    assert select_rule("auto", ProposalLaw.IID, do_sample=True).name == "multi-round"
+    assert select_rule("auto", ProposalLaw.DETERMINISTIC, do_sample=True).name == "sample-and-match"
+    assert select_rule("multi-round", ProposalLaw.IID, do_sample=False).name == "greedy"
+    with pytest.raises(ValueError, match="use one of auto, sample-and-match"):
+        select_rule("multi-round", ProposalLaw.WITHOUT_REPLACEMENT, do_sample=True)
+    with pytest.raises(ValueError, match="'greedy' decodes greedily"):
+        select_rule("greedy", ProposalLaw.IID, do_sample=True)
+    with pytest.raises(ValueError, match="expected auto, greedy, sample-and-match, multi-round"):
+        select_rule("lucky", ProposalLaw.IID, do_sample=True)
+
+
+# The joint law of three tokens, through the whole public generate(). Three tokens of a vocabulary
+# of 4 make 64 texts. A law that is off by a total variation of 0.05 shifts the chi-square statistic
+# of 8,000 samples by at least 80, and is noticed with a probability of 0.92 or more.
+
+SAMPLES = 8000
+BOUND = 1e-4  # p-value below which a rule counts as wrong
+
+
+def tiny(seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=V,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(12 if weight.ndim > 1 else 1)
+    return model
+
+
+PROMPT = torch.tensor([[1, 3, 2]])
+OPTIONS: dict[str, Any] = {"do_sample": True, "temperature": 0.9, "top_k": 3, "top_p": 0.95}
+
+
+def exact_law(model: LlamaForCausalLM) -> Tensor:
+    """[64] probabilities of every three-token answer, from the model's own forward."""
+    warpers = (TemperatureLogitsWarper(0.9), TopKLogitsWarper(3), TopPLogitsWarper(0.95))
+    sampler = Sampler(True, warpers)
+    answers = torch.tensor(list(itertools.product(range(V), repeat=3)))
+    with torch.no_grad():
+        logits = model(torch.cat([PROMPT.expand(len(answers), -1), answers], 1)).logits
+    probs = sampler.probs(logits[:, 2:5].flatten(0, 1)).view(len(answers), 3, V).double()
+    return probs.gather(2, answers[..., None]).squeeze(2).prod(1)
+
+
+def p_value(model: LlamaForCausalLM, drafter: Any, rule: str) -> float:
+    wrapped = specdec.wrap(model, drafter, rule=rule, nodes=8)
+    counts = torch.zeros(V**3, dtype=torch.float64)
+    place = torch.tensor([V * V, V, 1])
+    for seed in range(SAMPLES // 1000):
+        out = wrapped.generate(
+            PROMPT, max_new_tokens=3, num_return_sequences=1000, seed=seed, **OPTIONS
+        )
+        assert isinstance(out, Tensor)
+        counts += torch.bincount((out[:, 3:] * place).sum(1), minlength=V**3)
+    expected = exact_law(model)
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    expected *= SAMPLES / expected.sum()  # float32 probabilities add up to nearly one
+    return float(stats.chisquare(counts[possible].numpy(), expected[possible].numpy()).pvalue)
+
+
+DRAFTERS: dict[str, tuple[Callable[[], Any], Sequence[str]]] = {
+    "none": (lambda: "none", []),
+    "random trees": (
+        lambda: testing.RandomDrafter(V),
+        ["multi-round"],
+    ),
+    "likeliest": (
+        lambda: DraftModel(tiny(1), Topology.branching([2, 2])),
+        ["multi-round"],
+    ),
+    "sampled": (
+        lambda: DraftModel(tiny(1), Topology.branching([2, 2]), sampled=True),
+        ["multi-round", "sample-and-match"],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("drafter", "rule"), [(d, r) for d, (_, rules) in DRAFTERS.items() for r in rules]
+)
+def test_three_sampled_tokens_have_the_joint_law_of_the_target(drafter: str, rule: str) -> None:
+    assert p_value(tiny(0), DRAFTERS[drafter][0](), rule) > BOUND
+
+
+def test_the_joint_law_test_notices_a_wrong_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The common mistake: after a rejection the target is sampled as if nothing had been tried."""
+
+    def wrong(
+        target: Tensor, draft: Tensor | None, tokens: Tensor, present: Tensor, laws: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        accept, _ = multi_round_law(target, draft, tokens, present, laws)
+        return accept, target
+
+    monkeypatch.setattr(verify, "multi_round_law", wrong)
+    assert p_value(tiny(0), DRAFTERS["sampled"][0](), "multi-round") < BOUND
+
+
+def test_with_a_seed_sample_and_match_gives_the_text_of_a_plain_run() -> None:
+    model = tiny(0)
+    options = {**OPTIONS, "max_new_tokens": 40, "num_return_sequences": 5, "seed": 11}
+    plain = specdec.wrap(model, "none").generate(PROMPT, **options)
+    for make, _ in DRAFTERS.values():
+        wrapped = specdec.wrap(model, make(), rule="sample-and-match")
+        assert torch.equal(wrapped.generate(PROMPT, **options), plain)
+    assert not torch.equal(
+        specdec.wrap(model, "none").generate(PROMPT, **{**options, "seed": 12}), plain
+    )
