@@ -1,0 +1,83 @@
+"""The same promises on a CUDA device. Skipped where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import specdec
+from specdec.drafters import DraftModel
+from specdec.target import Target
+from specdec.testing import ARCHITECTURES, TINY, OracleDrafter, RandomDrafter, degraded, tiny_model
+from specdec.tree import Topology
+
+pytestmark = pytest.mark.gpu
+
+VOCAB = TINY["vocab_size"]
+GREEDY: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False}
+
+
+def check(model: Any, got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal up to a first difference at a near-tie of the model's two best logits."""
+    for mine, theirs in zip(got, expected, strict=True):
+        differ = (mine != theirs).nonzero()
+        if len(differ):
+            first = int(differ[0])
+            with torch.no_grad():
+                top = model(theirs[None, :first]).logits[0, -1].topk(2).values
+            assert float(top[0] - top[1]) < 1e-4
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_greedy_tokens_equal_those_of_transformers(name: str) -> None:
+    model: Any = tiny_model(name).cuda()
+    prompts = torch.randint(1, VOCAB, (3, 9)).cuda()
+    expected = model.generate(prompts, attention_mask=torch.ones_like(prompts), **GREEDY)
+    drafters = [
+        RandomDrafter(VOCAB),
+        OracleDrafter(expected.tolist(), corrupt=0.3, vocab_size=VOCAB),
+    ]
+    for drafter in drafters:
+        wrapped: Any = specdec.wrap(model, drafter, nodes=24)
+        check(model, wrapped.generate(prompts, **GREEDY), expected)
+        wrapped._driven().cache.check_integrity()
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_draft_model_on_the_device(sampled: bool) -> None:
+    model: Any = tiny_model("Llama").cuda()
+    prompts = torch.randint(1, VOCAB, (4, 9)).cuda()
+    expected = model.generate(prompts, attention_mask=torch.ones_like(prompts), **GREEDY)
+    drafter = DraftModel(degraded(model, bits=6), Topology.branching([3, 2, 1]), sampled=sampled)
+    wrapped: Any = specdec.wrap(model, drafter, nodes=24)
+    out = wrapped.generate(prompts, return_dict_in_generate=True, **GREEDY)
+    check(model, out.sequences, expected)
+    assert out.stats.tokens_per_step > 1.5
+    again = wrapped.generate(prompts, max_new_tokens=20, do_sample=True, seed=3)
+    assert torch.equal(again, wrapped.generate(prompts, max_new_tokens=20, do_sample=True, seed=3))
+    drafter._target.cache.check_integrity()
+
+
+def test_a_step_commits_without_waiting_for_the_device() -> None:
+    """Reserving, planning and committing never ask the device for a number."""
+    target = Target(tiny_model("Llama").cuda())
+    cache = target.cache
+    sequences = [cache.admit(), cache.admit()]
+    paths = torch.tensor([[0, 2, -1], [0, -1, -1]]).cuda()
+    member = torch.tensor([0, 0, 0, 1, 1, 1]).cuda()
+    nodes = torch.tensor([0, 1, 2, 0, 1, 2]).cuda()
+    with cache.speculate(sequences, [40, 40]) as lease:  # allocates the pages
+        lease.rollback()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            with cache.speculate(sequences, [3, 3]) as lease:
+                lease.plan(member, nodes, nodes, None)
+                lease.commit(paths)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert cache.lengths[sequences].tolist() == [6, 3]
+    cache.check_integrity()
