@@ -14,7 +14,11 @@ from specdec.drafting import DraftContext, Drafter, Observation
 from specdec.noise import Purpose, uniform
 from specdec.sampling import draw
 from specdec.target import Target
+from specdec.transfer import upload
 from specdec.tree import ProposalLaw, Topology, TreeBatch, ancestor_words
+
+VOCABULARY_PADDING = 1024
+"""Models of one tokenizer pad their heads differently; more than this is another tokenizer."""
 
 
 @dataclass
@@ -72,6 +76,7 @@ class DraftModel(Drafter):
                 self._target.cache.release(self._sequences.pop(sequence).number)
 
     def propose(self, context: DraftContext, nodes: int) -> TreeBatch:
+        self._check_vocabulary(context.vocab_size)
         shape = self.topology or Topology.fading(nodes)
         shape = shape.cut(depth=max(0, *context.max_depths), nodes=nodes)
         grown = _GrowingTrees(shape, context, sampled=self.sampled and context.sampler.do_sample)
@@ -90,18 +95,28 @@ class DraftModel(Drafter):
             self._open = _OpenDraft(context.sequences, shape, None)
         return grown.batch()
 
+    def _check_vocabulary(self, vocab_size: int) -> None:
+        own = self._target.vocab_size
+        if abs(own - vocab_size) > VOCABULARY_PADDING:
+            raise ValueError(
+                f"draft model: its vocabulary of {own} tokens is not the target's {vocab_size}; "
+                "use a model with the same tokenizer"
+            )
+
     def _catch_up(self, context: DraftContext) -> Tensor:
         """Commits every known token, the root included; [B, V] logits behind the roots."""
         members = [self._sequences[sequence] for sequence in context.sequences]
+        top = self._target.vocab_size - 1
         missing = [
-            torch.tensor(tokens[member.cached :], device=self._target.device)
+            # A token that only the target's padded head knows stands for the last one here.
+            upload(tokens[member.cached :], self._target.device).clamp_max(top)
             for member, tokens in zip(members, context.tokens, strict=True)
         ]
         numbers = [member.number for member in members]
         self._target.prefill(numbers, [tokens[:-2] for tokens in missing])
         last = [tokens[-2:] for tokens in missing]
         rows = [len(tokens) for tokens in last]
-        ends = torch.tensor(rows, device=self._target.device).cumsum(0) - 1
+        ends = upload(rows, self._target.device).cumsum(0) - 1
         with self._target.cache.speculate(numbers, rows) as lease:
             logits = self._target.forward(torch.cat(last), lease.plan_chains(), keep=ends)
             lease.commit()
@@ -118,8 +133,8 @@ class DraftModel(Drafter):
         device = self._target.device
         # The root is committed here, so the tree is a forest: every index falls by one.
         bits = [grown.bits[node] >> 1 for node in level]
-        words = ancestor_words(bits, len(grown.shape) - 1).to(device)
-        nodes = torch.tensor(level, device=device) - 1
+        words = upload(ancestor_words(bits, len(grown.shape) - 1), device)
+        nodes = upload(level, device) - 1
         depth = grown.shape.depths[level[0]] - 1
         member = torch.arange(batch, device=device).repeat_interleave(len(level))
         plan = lease.plan(
@@ -129,6 +144,7 @@ class DraftModel(Drafter):
             words.repeat(batch, 1),
         )
         tokens = grown.tokens[:, level].flatten().to(device)
+        tokens = tokens.clamp_max(self._target.vocab_size - 1)
         logits = self._target.forward(tokens, plan)
         fitted = self._fit(logits, grown.context)
         return fitted.view(batch, len(level), -1)
@@ -151,8 +167,8 @@ class DraftModel(Drafter):
             for path in observation.paths
         ]
         width = max(1, *(len(path) for path in kept))
-        paths = torch.tensor([path + [-1] * (width - len(path)) for path in kept])
-        opened.lease.commit(paths.to(self._target.device))
+        paths = [path + [-1] * (width - len(path)) for path in kept]
+        opened.lease.commit(upload(paths, self._target.device))
         opened.lease.settle([len(path) for path in kept])
         for sequence, path in zip(observation.sequences, kept, strict=True):
             self._sequences[sequence].cached += len(path)
@@ -172,10 +188,10 @@ class _GrowingTrees:
         self.context = context
         self.bits = _ancestor_bits(shape)
         batch, device = len(context.sequences), context.device
-        roots = torch.tensor([tokens[-1] for tokens in context.tokens], device=device)
+        roots = upload([tokens[-1] for tokens in context.tokens], device)
         self.tokens = torch.zeros(batch, len(shape), dtype=torch.int64, device=device)
         self.tokens[:, 0] = roots
-        self._lengths = torch.tensor([len(tokens) for tokens in context.tokens], device=device)
+        self._lengths = upload([len(tokens) for tokens in context.tokens], device)
         self._probs = (
             torch.zeros(batch, len(shape), context.vocab_size, device=device) if sampled else None
         )
@@ -200,9 +216,9 @@ class _GrowingTrees:
         widths = [self.shape.parents.count(node) for node in range(len(self.shape))]
         return TreeBatch(
             tokens=self.tokens.flatten(),
-            parents=torch.tensor(self.shape.parents, device=device).repeat(batch),
-            depths=torch.tensor(self.shape.depths, device=device).repeat(batch),
-            ancestors=ancestor_words(self.bits, len(self.shape)).to(device).repeat(batch, 1),
+            parents=upload(self.shape.parents, device).repeat(batch),
+            depths=upload(self.shape.depths, device).repeat(batch),
+            ancestors=upload(ancestor_words(self.bits, len(self.shape)), device).repeat(batch, 1),
             laws=torch.full((self.tokens.numel(),), law, dtype=torch.int8, device=device),
             draft_probs=None if self._probs is None else self._probs.flatten(0, 1),
             sizes=(len(self.shape),) * batch,

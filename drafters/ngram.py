@@ -1,41 +1,99 @@
-"""Prompt lookup: what followed the last tokens when they occurred before."""
+"""Prompt lookup: what followed the last tokens where they occurred before."""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from specdec.drafting import SequenceDrafter
 from specdec.tree import TokenTree
 
+Match = tuple[int, float]  # place behind an earlier occurrence of the last token, weight
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A node that may join the tree."""
+
+    chance: float  # of its whole path
+    matches: list[Match]  # the occurrences that it continues
+    token: int
+    parent: int
+    depth: int
+
+    def __lt__(self, other: _Candidate) -> bool:
+        """The likelier path first; among equals the one that occurred later."""
+        return (self.chance, self.matches[-1][0]) > (other.chance, other.matches[-1][0])
+
 
 @dataclass(frozen=True)
 class NGram(SequenceDrafter):
-    """Several earlier occurrences of the last n-gram, merged into one tree; no model needed.
+    """All earlier occurrences of the last tokens, merged into the most promising tree.
 
-    Prompt lookup (Saxena 2023) copies what followed one occurrence. Here every occurrence of the
-    last `max_ngram` tokens is a candidate, then of fewer tokens, until the tree is full.
+    Prompt lookup (Saxena 2023) copies what followed one occurrence. Here every occurrence votes,
+    twice as strongly for each further token that agrees before it. A token's share of the votes
+    among its siblings estimates its chance, and nodes are taken by the chance of their path. No
+    model is needed.
 
     Args:
-        max_ngram: longest suffix to look for.
-        depth: tokens to copy from each occurrence.
+        max_ngram: tokens to compare before an occurrence, at most.
+        depth: tokens to copy behind an occurrence, at most.
+        max_matches: the latest occurrences of the last token that vote.
     """
 
-    max_ngram: int = 4
-    depth: int = 10
+    max_ngram: int = 6
+    depth: int = 24
+    max_matches: int = 256
+
+    DECAY: ClassVar[float] = 0.9
+    """How much less sure each further token is, even where all votes agree."""
 
     def draft(self, tokens: Sequence[int], nodes: int) -> TokenTree:
-        text = np.asarray(tokens)
-        return TokenTree.from_paths(tokens[-1], self._candidates(text, nodes), nodes)
+        out, parents = [tokens[-1]], [-1]
+        heap: list[_Candidate] = []
+        self._add_children(heap, tokens, self._matches(np.asarray(tokens)), 0, 0, 1.0)
+        while heap and len(out) < nodes:
+            best = heapq.heappop(heap)
+            out.append(best.token)
+            parents.append(best.parent)
+            if best.depth < self.depth:
+                self._add_children(
+                    heap, tokens, best.matches, len(out) - 1, best.depth, best.chance
+                )
+        return TokenTree.from_lists(out, parents)
 
-    def _candidates(self, text: np.ndarray, nodes: int) -> list[list[int]]:
-        found: list[int] = []
-        for size in range(min(self.max_ngram, len(text) - 1), 0, -1):
-            windows = np.lib.stride_tricks.sliding_window_view(text[:-1], size)
-            starts = np.flatnonzero((windows == text[-size:]).all(1)) + size
-            found += [start for start in starts[::-1].tolist() if start not in found]
-            if len(found) >= nodes:
-                break
-        return [text[start : start + self.depth].tolist() for start in found]
+    def _add_children(
+        self,
+        heap: list[_Candidate],
+        tokens: Sequence[int],
+        matches: list[Match],
+        parent: int,
+        depth: int,
+        chance: float,
+    ) -> None:
+        """Adds what the matches say comes next, below node `parent` of the given depth."""
+        voters: dict[int, list[Match]] = {}
+        for place, weight in matches:
+            if place + depth < len(tokens):
+                voters.setdefault(tokens[place + depth], []).append((place, weight))
+        total = sum(weight for _, weight in matches)
+        for token, group in voters.items():
+            share = sum(weight for _, weight in group) / total
+            heapq.heappush(
+                heap, _Candidate(chance * share * self.DECAY, group, token, parent, depth + 1)
+            )
+
+    def _matches(self, text: NDArray[np.int64]) -> list[Match]:
+        """The places behind earlier occurrences of the last token, weighted by what agrees."""
+        ends = np.flatnonzero(text[:-1] == text[-1])[-self.max_matches :]
+        length = np.ones(len(ends), dtype=np.int64)
+        agree = np.ones(len(ends), dtype=bool)
+        for back in range(1, min(self.max_ngram, len(text) - 1)):
+            agree &= (ends >= back) & (text[ends - back] == text[-1 - back])
+            length[agree] += 1
+        return [(int(end) + 1, 2.0**n) for end, n in zip(ends, length, strict=True)]

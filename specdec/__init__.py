@@ -4,6 +4,7 @@ model = specdec.wrap(hf_model, drafter="ngram")
 model.generate(**inputs, max_new_tokens=200)
 """
 
+from specdec import models
 from specdec.drafting import DraftContext, Drafter, NoDraft, Observation, SequenceDrafter
 from specdec.pages import OutOfPages
 from specdec.stats import GenerationStats
@@ -28,5 +29,6 @@ __all__ = [
     "TreeBatch",
     "UnsupportedModel",
     "generate",
+    "models",
     "wrap",
 ]

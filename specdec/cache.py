@@ -21,6 +21,7 @@ from torch import Tensor
 
 from specdec.attention import AttentionPlan
 from specdec.pages import TRASH_PAGE, PagePool
+from specdec.transfer import upload
 from specdec.tree import TreeBatch
 
 NULL_SEQUENCE = 0
@@ -119,9 +120,7 @@ class TreeKVCache:
                 have = len(self._pages[sequence])
                 new, fresh = fresh[:count], fresh[count:]
                 self._pages[sequence] += new
-                self.page_table[sequence, have : have + count] = torch.tensor(
-                    new, device=self.device
-                )
+                self.page_table[sequence, have : have + count] = upload(new, self.device)
 
     def slots(self, sequences: Tensor, positions: Tensor) -> Tensor:
         """Where tokens lie: [R] int64 slots for [R] sequences and positions within them."""
@@ -165,7 +164,7 @@ class Speculation:
         self.rows = rows
         self.open = True
         self._longest: tuple[int, ...] = ()
-        self._sequence_index = torch.tensor(sequences, device=cache.device)
+        self._sequence_index = upload(sequences, cache.device)
 
     def __enter__(self) -> Speculation:
         return self
@@ -190,7 +189,7 @@ class Speculation:
 
     def plan_chains(self) -> AttentionPlan:
         """The plan of a forward over all leased rows, each sequence's a chain of any length."""
-        sizes = torch.tensor(self.rows, device=self.cache.device)
+        sizes = upload(self.rows, self.cache.device)
         index = torch.arange(len(self.rows), device=self.cache.device)
         member = torch.repeat_interleave(index, sizes, output_size=sum(self.rows))
         starts = torch.cumsum(sizes, 0) - sizes
@@ -238,7 +237,7 @@ class Speculation:
             raise RuntimeError("this speculation is already committed or rolled back")
         cache, index = self.cache, self._sequence_index
         if paths is None:
-            cache.lengths[index] += torch.tensor(self.rows, device=cache.device)
+            cache.lengths[index] += upload(self.rows, cache.device)
             longest: Sequence[int] = self.rows
         else:
             kept = paths >= 0

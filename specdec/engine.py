@@ -11,6 +11,7 @@ from specdec.drafting import DraftContext, Drafter, Observation
 from specdec.sampling import Sampler
 from specdec.stats import GenerationStats, Stopwatch
 from specdec.target import Target
+from specdec.transfer import upload
 from specdec.tree import TreeBatch
 from specdec.verify import AcceptanceRule, Noise, Outcome
 
@@ -128,7 +129,7 @@ class Engine:
         self.drafter.begin([request.sequence for request in requests])
         self.target.prefill(
             [request.sequence for request in requests],
-            [torch.tensor(request.tokens[:-1], device=device).long() for request in requests],
+            [upload(request.tokens[:-1], device) for request in requests],
             chunk=self.prefill_chunk,
         )
         self.stats.prompt_tokens += sum(len(request.tokens) for request in requests)
@@ -146,7 +147,7 @@ class Engine:
     def _step(self, requests: Sequence[Request], watch: Stopwatch) -> list[Emission]:
         device = self.target.device
         sequences = tuple(request.sequence for request in requests)
-        seeds = torch.tensor([request.seed for request in requests], device=device)
+        seeds = upload([request.seed for request in requests], device)
         context = DraftContext(
             sequences=sequences,
             tokens=tuple(request.tokens for request in requests),
@@ -162,9 +163,8 @@ class Engine:
         with watch.phase("draft"):
             trees = self.drafter.propose(context, self.nodes)
             self._check(trees, len(requests))
-        last_positions = torch.tensor(
-            [request.prompt_length + request.max_new_tokens - 1 for request in requests],
-            device=device,
+        last_positions = upload(
+            [request.prompt_length + request.max_new_tokens - 1 for request in requests], device
         )
         with watch.phase("verify"):
             scored = self.target.speculate(sequences, trees, last_positions=last_positions)

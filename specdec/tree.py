@@ -16,6 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from specdec.transfer import upload
+
 WORD_BITS = 32
 MAX_NODES = 256
 
@@ -370,12 +372,12 @@ class TreeBatch:
         starts = [0]
         for size in self.sizes[:-1]:
             starts.append(starts[-1] + size)
-        return torch.tensor(starts, device=self.device)
+        return upload(starts, self.device)
 
     @cached_property
     def tree(self) -> Tensor:
         """[R] int64, the tree that each row belongs to."""
-        sizes = torch.tensor(self.sizes, device=self.device)
+        sizes = upload(self.sizes, self.device)
         index = torch.arange(len(self.sizes), device=self.device)
         return torch.repeat_interleave(index, sizes, output_size=len(self.tokens))
 
@@ -431,12 +433,12 @@ class TreeBatch:
         ]
         families = [Counter(tree.parents.tolist()[1:]) for tree in trees]
         return cls(
-            tokens.to(device),
-            parents.to(device),
-            torch.tensor([b.bit_count() - 1 for b in bits], device=device),
-            ancestor_words(bits, max(sizes)).to(device),
-            torch.cat(laws).to(device),
-            torch.cat(drawn).to(device) if drawn else None,
+            upload(tokens, device),
+            upload(parents, device),
+            upload([b.bit_count() - 1 for b in bits], device),
+            upload(ancestor_words(bits, max(sizes)), device),
+            upload(torch.cat(laws), device),
+            upload(torch.cat(drawn), device) if drawn else None,
             sizes,
             max(b.bit_count() for b in bits) - 1,
             max(max(family.values(), default=0) for family in families),

@@ -14,13 +14,13 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     MinLengthLogitsProcessor,
-    PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
     pipeline,
     set_seed,
 )
+from transformers.generation.streamers import BaseStreamer
 
 import specdec
 from specdec import OutOfPages, SequenceDrafter, SpeculativeModel, TokenTree
@@ -37,7 +37,7 @@ def greedy(model: Any, prompts: Tensor, new: int) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
+def model() -> Any:
     return tiny_model("Llama")
 
 
@@ -56,7 +56,7 @@ def oracle(model: Any, prompts: Tensor, **options: Any) -> OracleDrafter:
     return OracleDrafter(texts, corrupt=0.1, vocab_size=VOCAB)
 
 
-def wrap(model: Any, prompts: Tensor, **options: Any) -> SpeculativeModel:
+def wrap(model: Any, prompts: Tensor, **options: Any) -> Any:
     return specdec.wrap(model, oracle(model, prompts, **options), nodes=16)
 
 
@@ -66,25 +66,22 @@ def left_padded(prompts: Tensor) -> dict[str, Tensor]:
     return {"input_ids": prompts * mask, "attention_mask": mask}
 
 
-def test_left_padded_batches_come_back_as_from_transformers(
-    model: PreTrainedModel, prompts: Tensor
-) -> None:
+def test_left_padded_batches_come_back_as_from_transformers(model: Any, prompts: Tensor) -> None:
     inputs = left_padded(prompts)
     options: dict[str, Any] = {**inputs, "max_new_tokens": 30, "do_sample": False}
     expected = model.generate(**options)
     eos = int(expected[1, 8 + 11])  # row 1 ends in the middle, the others go on or end elsewhere
     for stop in ({}, {"eos_token_id": eos}, {"eos_token_id": [eos, int(expected[0, 8 + 4])]}):
         expected = model.generate(**options, **stop, pad_token_id=0)
-        wrapped = wrap(model, **{"prompts": prompts, **inputs, "input_ids": None})
+        wrapped = wrap(model, prompts, attention_mask=inputs["attention_mask"])
         assert torch.equal(wrapped.generate(**options, **stop, pad_token_id=0), expected)
 
 
-def test_pads_are_found_without_a_mask_and_never_computed(
-    model: PreTrainedModel, prompts: Tensor
-) -> None:
+def test_pads_are_found_without_a_mask_and_never_computed(model: Any, prompts: Tensor) -> None:
     inputs = left_padded(prompts)
     expected = model.generate(inputs["input_ids"], max_new_tokens=10, do_sample=False)
-    out = specdec.wrap(model).generate(
+    wrapped: Any = specdec.wrap(model)
+    out = wrapped.generate(
         inputs["input_ids"], max_new_tokens=10, do_sample=False, return_dict_in_generate=True
     )
     assert torch.equal(out.sequences, expected)
@@ -92,16 +89,14 @@ def test_pads_are_found_without_a_mask_and_never_computed(
 
 
 @pytest.mark.parametrize("new", [1, 2, 7, 8])
-def test_length_limits_cut_accepted_paths(
-    model: PreTrainedModel, prompts: Tensor, new: int
-) -> None:
+def test_length_limits_cut_accepted_paths(model: Any, prompts: Tensor, new: int) -> None:
     wrapped = wrap(model, prompts)
     for limit in ({"max_new_tokens": new}, {"max_length": 8 + new}):
         expected = model.generate(prompts, **limit, do_sample=False)
         assert torch.equal(wrapped.generate(prompts, **limit, do_sample=False), expected)
 
 
-class StopAt(StoppingCriteria):  # type: ignore[misc]
+class StopAt(StoppingCriteria):
     """Stops each row at a length of its own, and remembers what it was shown."""
 
     def __init__(self, token: int) -> None:
@@ -113,9 +108,7 @@ class StopAt(StoppingCriteria):  # type: ignore[misc]
         return input_ids[:, -1] == self.token
 
 
-def test_a_users_stopping_criterion_sees_every_token(
-    model: PreTrainedModel, prompts: Tensor
-) -> None:
+def test_a_users_stopping_criterion_sees_every_token(model: Any, prompts: Tensor) -> None:
     prompt = prompts[:1]
     full = model.generate(prompt, max_new_tokens=30, do_sample=False)
     stop = int(full[0, 8 + 13])
@@ -129,8 +122,8 @@ def test_a_users_stopping_criterion_sees_every_token(
     assert ours.seen == theirs.seen
 
 
-def test_num_return_sequences_and_seeds(model: PreTrainedModel, prompts: Tensor) -> None:
-    wrapped = specdec.wrap(model)
+def test_num_return_sequences_and_seeds(model: Any, prompts: Tensor) -> None:
+    wrapped: Any = specdec.wrap(model)
     options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 12, "num_return_sequences": 4}
     first = wrapped.generate(prompts, **options, seed=1)
     assert first.shape == (12, 20)
@@ -150,9 +143,7 @@ def test_num_return_sequences_and_seeds(model: PreTrainedModel, prompts: Tensor)
     assert torch.equal(torch.get_rng_state(), state), "greedy decoding draws nothing"
 
 
-def test_generation_config_and_model_defaults_apply(
-    model: PreTrainedModel, prompts: Tensor
-) -> None:
+def test_generation_config_and_model_defaults_apply(model: Any, prompts: Tensor) -> None:
     config = GenerationConfig(max_new_tokens=9, do_sample=False, eos_token_id=5, pad_token_id=0)
     expected = model.generate(prompts, generation_config=config)
     wrapped = wrap(model, prompts)
@@ -163,7 +154,7 @@ def test_generation_config_and_model_defaults_apply(
     )
 
 
-def test_return_dict_has_statistics(model: PreTrainedModel, prompts: Tensor) -> None:
+def test_return_dict_has_statistics(model: Any, prompts: Tensor) -> None:
     out = wrap(model, prompts).generate(
         prompts, max_new_tokens=30, do_sample=False, return_dict_in_generate=True
     )
@@ -180,7 +171,7 @@ def test_return_dict_has_statistics(model: PreTrainedModel, prompts: Tensor) -> 
     assert twice.tokens_per_step == stats.tokens_per_step
 
 
-class Recorder:
+class Recorder(BaseStreamer):
     def __init__(self) -> None:
         self.chunks: list[list[int]] = []
         self.ended = 0
@@ -192,24 +183,22 @@ class Recorder:
         self.ended += 1
 
 
-def test_a_streamer_gets_the_prompt_and_every_token_once(
-    model: PreTrainedModel, prompts: Tensor
-) -> None:
+def test_a_streamer_gets_the_prompt_and_every_token_once(model: Any, prompts: Tensor) -> None:
     prompt, recorder = prompts[:1], Recorder()
     out = wrap(model, prompt).generate(
         prompt,
         max_new_tokens=20,
         do_sample=False,
-        streamer=recorder,  # type: ignore[arg-type]
+        streamer=recorder,
     )
     assert recorder.chunks[0] == prompt[0].tolist()
     assert list(chain.from_iterable(recorder.chunks)) == out[0].tolist()
     assert recorder.ended == 1
     with pytest.raises(ValueError, match=r"streamer: expected a batch of one, got 3 rows"):
-        wrap(model, prompts).generate(prompts, streamer=recorder)  # type: ignore[arg-type]
+        wrap(model, prompts).generate(prompts, streamer=recorder)
 
 
-def test_stream_yields_steps_and_may_be_left_early(model: PreTrainedModel, prompts: Tensor) -> None:
+def test_stream_yields_steps_and_may_be_left_early(model: Any, prompts: Tensor) -> None:
     wrapped = wrap(model, prompts)
     expected = wrapped.generate(prompts, max_new_tokens=20, do_sample=False)
     rows: list[list[int]] = [[], [], []]
@@ -250,19 +239,19 @@ class Failing(SequenceDrafter):
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), KeyboardInterrupt()])
 def test_an_error_in_the_drafter_leaves_nothing_behind(
-    model: PreTrainedModel, prompts: Tensor, error: BaseException
+    model: Any, prompts: Tensor, error: BaseException
 ) -> None:
     wrapped, recorder = specdec.wrap(model, Failing(error)), Recorder()
     with pytest.raises(type(error)):
-        wrapped.generate(prompts[:1], max_new_tokens=20, streamer=recorder)  # type: ignore[arg-type]
+        wrapped.generate(prompts[:1], max_new_tokens=20, streamer=recorder)
     assert recorder.ended == 1
     assert_nothing_left(wrapped)
 
 
 def test_running_out_of_pages_says_so_and_leaves_nothing_behind(
-    model: PreTrainedModel, prompts: Tensor
+    model: Any, prompts: Tensor
 ) -> None:
-    wrapped = specdec.wrap(model, RandomDrafter(VOCAB), nodes=8, max_pages=5)
+    wrapped: Any = specdec.wrap(model, RandomDrafter(VOCAB), nodes=8, max_pages=5)
     with pytest.raises(
         OutOfPages, match=r"need \d pages of 16 tokens, have \d free of 5"
     ) as caught:
@@ -272,14 +261,14 @@ def test_running_out_of_pages_says_so_and_leaves_nothing_behind(
     expected = model.generate(prompts[:1], max_new_tokens=40, do_sample=False)
     assert torch.equal(wrapped.generate(prompts[:1], max_new_tokens=40, do_sample=False), expected)
     drafter = DraftModel(degraded(model, bits=4), max_pages=3)
-    starved = specdec.wrap(model, drafter, nodes=8)
+    starved: Any = specdec.wrap(model, drafter, nodes=8)
     with pytest.raises(OutOfPages):
         starved.generate(prompts, max_new_tokens=100, do_sample=False)
     assert_nothing_left(starved)
 
 
 def test_a_malformed_proposal_is_named_and_leaves_nothing_behind(
-    model: PreTrainedModel, prompts: Tensor
+    model: Any, prompts: Tensor
 ) -> None:
     class Wrong(SequenceDrafter):
         def __init__(self, tree: TokenTree) -> None:
@@ -294,15 +283,13 @@ def test_a_malformed_proposal_is_named_and_leaves_nothing_behind(
         (TokenTree.chain(int(prompts[0, -1]), [VOCAB]), f"vocabulary size {VOCAB}, got {VOCAB}"),
     ]
     for tree, message in cases:
-        wrapped = specdec.wrap(model, Wrong(tree), nodes=8)
+        wrapped: Any = specdec.wrap(model, Wrong(tree), nodes=8)
         with pytest.raises(ValueError, match=message):
             wrapped.generate(prompts[:1], max_new_tokens=20)
         assert_nothing_left(wrapped)
 
 
-def test_custom_generate_runs_inside_the_models_own_generate(
-    model: PreTrainedModel, prompts: Tensor
-) -> None:
+def test_custom_generate_runs_inside_the_models_own_generate(model: Any, prompts: Tensor) -> None:
     inputs = left_padded(prompts)
     options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
     expected = model.generate(**inputs, **options)
@@ -313,7 +300,7 @@ def test_custom_generate_runs_inside_the_models_own_generate(
     chosen = specdec.generate.with_(
         drafter=oracle(model, prompts),
         nodes=16,
-        streamer=recorder,  # type: ignore[arg-type]
+        streamer=recorder,
     )
     prompt = prompts[:1]
     out = model.generate(prompt, **options, custom_generate=chosen, return_dict_in_generate=True)
@@ -352,16 +339,16 @@ def test_custom_generate_runs_inside_the_models_own_generate(
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_unsupported_options_are_refused_by_name(
-    model: PreTrainedModel, prompts: Tensor, options: dict[str, Any], message: str
+    model: Any, prompts: Tensor, options: dict[str, Any], message: str
 ) -> None:
-    wrapped = specdec.wrap(model, "none")
+    wrapped: Any = specdec.wrap(model, "none")
     with pytest.raises(NotImplementedError, match=message):
         wrapped.generate(prompts[:1], max_new_tokens=4, **options)
     assert_nothing_left(wrapped)
 
 
-def test_wrong_arguments_are_named(model: PreTrainedModel, prompts: Tensor) -> None:
-    wrapped = specdec.wrap(model)
+def test_wrong_arguments_are_named(model: Any, prompts: Tensor) -> None:
+    wrapped: Any = specdec.wrap(model)
     mask = torch.ones_like(prompts)
     mask[0, -2:] = 0
     with pytest.raises(ValueError, match="attention_mask: expected padding on the left only"):
@@ -381,10 +368,10 @@ def test_wrong_arguments_are_named(model: PreTrainedModel, prompts: Tensor) -> N
 
 
 def test_training_mode_is_refused_and_the_model_stays_the_users(
-    model: PreTrainedModel, prompts: Tensor, tmp_path: Any
+    model: Any, prompts: Tensor, tmp_path: Any
 ) -> None:
-    trainable = tiny_model("Llama")
-    wrapped = specdec.wrap(trainable)
+    trainable: Any = tiny_model("Llama")
+    wrapped: Any = specdec.wrap(trainable)
     before = {name: weight.clone() for name, weight in trainable.named_parameters()}
     assert wrapped.train() is wrapped
     with pytest.raises(RuntimeError, match=r"call model.eval\(\) first"):
@@ -405,23 +392,23 @@ def test_training_mode_is_refused_and_the_model_stays_the_users(
 
 
 def test_a_model_that_was_cast_after_wrapping_gets_a_new_cache(prompts: Tensor) -> None:
-    wrapped = specdec.wrap(tiny_model("Llama"), "none")
+    wrapped: Any = specdec.wrap(tiny_model("Llama"), "none")
     assert wrapped._driven().cache.pool.layers[0].dtype == torch.float32
     assert wrapped.to(torch.bfloat16) is wrapped
     wrapped.generate(prompts, max_new_tokens=4)
     assert wrapped._driven().cache.pool.layers[0].dtype == torch.bfloat16
 
 
-def test_peft_adapters_are_used(model: PreTrainedModel, prompts: Tensor) -> None:
+def test_peft_adapters_are_used(model: Any, prompts: Tensor) -> None:
     from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 
-    base = tiny_model("Llama")
+    base: Any = tiny_model("Llama")
     plain = greedy(base, prompts, 16)
     adapted: Any = get_peft_model(
         base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     ).eval()
     expected = adapted.generate(input_ids=prompts, max_new_tokens=16, do_sample=False)
-    wrapped = specdec.wrap(adapted, RandomDrafter(VOCAB))
+    wrapped: Any = specdec.wrap(adapted, RandomDrafter(VOCAB))
     assert torch.equal(wrapped.generate(prompts, max_new_tokens=16, do_sample=False), expected)
     assert not torch.equal(expected, plain)
     with adapted.disable_adapter():
@@ -438,7 +425,7 @@ class TestRealModel:
 
     def test_stop_strings_pipeline_and_text_streamers(self, smollm2: tuple[Any, Any]) -> None:
         model, tokenizer = smollm2
-        wrapped = specdec.wrap(model, "ngram")
+        wrapped: Any = specdec.wrap(model, "ngram")
         inputs = tokenizer("One, two, three, four, five. One, two, three,", return_tensors="pt")
         options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
         stop: dict[str, Any] = {"stop_strings": ["five"], "tokenizer": tokenizer}
@@ -454,7 +441,7 @@ class TestRealModel:
         texts = ["The sea is", "Once upon a time there was"]
         tokenizer.padding_side = "left"
         pipes = [
-            pipeline("text-generation", model=m, tokenizer=tokenizer, batch_size=2)  # type: ignore[call-overload]
+            pipeline("text-generation", model=m, tokenizer=tokenizer, batch_size=2)
             for m in (model, wrapped)
         ]
         theirs, ours = (pipe(texts, **options) for pipe in pipes)

@@ -32,7 +32,8 @@ def check(model: Any, got: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_tokens_equal_those_of_transformers(name: str) -> None:
-    model: Any = tiny_model(name).cuda()
+    model: Any = tiny_model(name)
+    model.cuda()
     prompts = torch.randint(1, VOCAB, (3, 9)).cuda()
     expected = model.generate(prompts, attention_mask=torch.ones_like(prompts), **GREEDY)
     drafters = [
@@ -47,7 +48,8 @@ def test_greedy_tokens_equal_those_of_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_draft_model_on_the_device(sampled: bool) -> None:
-    model: Any = tiny_model("Llama").cuda()
+    model: Any = tiny_model("Llama")
+    model.cuda()
     prompts = torch.randint(1, VOCAB, (4, 9)).cuda()
     expected = model.generate(prompts, attention_mask=torch.ones_like(prompts), **GREEDY)
     drafter = DraftModel(degraded(model, bits=6), Topology.branching([3, 2, 1]), sampled=sampled)
@@ -62,7 +64,8 @@ def test_a_draft_model_on_the_device(sampled: bool) -> None:
 
 def test_a_step_commits_without_waiting_for_the_device() -> None:
     """Reserving, planning and committing never ask the device for a number."""
-    target = Target(tiny_model("Llama").cuda())
+    model: Any = tiny_model("Llama")
+    target = Target(model.cuda())
     cache = target.cache
     sequences = [cache.admit(), cache.admit()]
     paths = torch.tensor([[0, 2, -1], [0, -1, -1]]).cuda()

@@ -40,7 +40,7 @@ def assert_same_greedy(model: Any, got: Tensor, expected: Tensor, width: int) ->
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_tokens_equal_those_of_transformers(name: str) -> None:
-    model = tiny_model(name)
+    model: Any = tiny_model(name)
     before = model.config._attn_implementation
     prompts = torch.randint(1, VOCAB, (3, 9))
     expected = greedy(model, prompts)
@@ -49,7 +49,7 @@ def test_greedy_tokens_equal_those_of_transformers(name: str) -> None:
         RandomDrafter(VOCAB),
         OracleDrafter(expected.tolist(), corrupt=0.3, vocab_size=VOCAB),
     ):
-        wrapped = specdec.wrap(model, drafter, nodes=24)
+        wrapped: Any = specdec.wrap(model, drafter, nodes=24)
         out = wrapped.generate(
             prompts, max_new_tokens=64, do_sample=False, return_dict_in_generate=True
         )
@@ -66,7 +66,7 @@ def test_greedy_tokens_equal_those_of_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "GptOss"])
 def test_the_reference_backend_agrees_on_whole_models(name: str) -> None:
-    model = tiny_model(name)
+    model: Any = tiny_model(name)
     prompts = torch.randint(1, VOCAB, (2, 9))
     expected = greedy(model, prompts, 12)
     oracle = OracleDrafter(expected.tolist(), corrupt=0.3, vocab_size=VOCAB)
@@ -75,7 +75,7 @@ def test_the_reference_backend_agrees_on_whole_models(name: str) -> None:
 
 
 def test_long_prompts_are_prefilled_in_chunks_across_requests() -> None:
-    model = tiny_model("Mistral")
+    model: Any = tiny_model("Mistral")
     target = Target(model)
     prompts = [torch.randint(1, VOCAB, (length,)) for length in (70, 1, 33)]
     sequences = [target.cache.admit() for _ in prompts]
@@ -108,7 +108,7 @@ def test_what_cannot_work_is_refused_by_name(name: str) -> None:
     config = getattr(transformers, f"{name}Config")(
         **{key: value for key, value in options.items() if value is not None or "token" in key}
     )
-    model = AutoModelForCausalLM.from_config(config)
+    model: Any = AutoModelForCausalLM.from_config(config)
     with pytest.raises(
         UnsupportedModel, match=f"^{type(model).__name__} is not supported: .*{reason}"
     ):
@@ -117,7 +117,7 @@ def test_what_cannot_work_is_refused_by_name(name: str) -> None:
 
 def test_encoder_decoders_and_headless_models_are_refused() -> None:
     small = {"d_model": 32, "d_ff": 64, "num_layers": 1, "num_heads": 2, "vocab_size": VOCAB}
-    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**small))
+    t5: Any = transformers.T5ForConditionalGeneration(transformers.T5Config(**small))
     with pytest.raises(UnsupportedModel, match="cross-attention to an encoder"):
         specdec.wrap(t5)
     with pytest.raises(UnsupportedModel, match="no language modeling head"):
@@ -140,10 +140,10 @@ def test_positions_that_switch_are_refused_where_a_run_could_cross(kind: str) ->
             "original_max_position_embeddings": 64,
         }
     limit = 256 if kind == "dynamic" else 64
-    model = tiny_model("Llama", rope_parameters=rope)
+    model: Any = tiny_model("Llama", rope_parameters=rope)
     prompts = torch.randint(1, VOCAB, (1, 9))
     expected = greedy(model, prompts, limit - 9)
-    wrapped = specdec.wrap(model, RandomDrafter(VOCAB))
+    wrapped: Any = specdec.wrap(model, RandomDrafter(VOCAB))
     assert_same_greedy(model, greedy(wrapped, prompts, limit - 9), expected, 9)
     with pytest.raises(
         UnsupportedModel, match=f"change beyond {limit} tokens .* reach {limit + 1}"
@@ -153,7 +153,7 @@ def test_positions_that_switch_are_refused_where_a_run_could_cross(kind: str) ->
 
 def test_learned_positions_may_be_used_to_the_last() -> None:
     """Nodes deeper than the length limit must not ask for positions that do not exist."""
-    model = tiny_model("GPT2")
+    model: Any = tiny_model("GPT2")
     prompts = torch.randint(1, VOCAB, (1, 200))
     expected = greedy(model, prompts, 56)
     oracle = OracleDrafter(expected.tolist(), corrupt=0.1, vocab_size=VOCAB)
@@ -167,9 +167,9 @@ class Boom(Exception):
 
 
 def test_an_exception_in_the_model_leaves_nothing_behind() -> None:
-    model = tiny_model("Llama")
+    model: Any = tiny_model("Llama")
     prompts = torch.randint(1, VOCAB, (2, 9))
-    wrapped = specdec.wrap(model, RandomDrafter(VOCAB))
+    wrapped: Any = specdec.wrap(model, RandomDrafter(VOCAB))
     expected = greedy(wrapped, prompts, 8)
     calls = 0
 
@@ -195,7 +195,7 @@ def test_layers_may_live_on_several_devices() -> None:
     """accelerate's hooks move rows between devices; offloaded weights come and go."""
     from accelerate import cpu_offload
 
-    model = tiny_model("Llama")
+    model: Any = tiny_model("Llama")
     prompts = torch.randint(1, VOCAB, (2, 9))
     expected = greedy(model, prompts, 16)
     cpu_offload(model, torch.device("cpu"))

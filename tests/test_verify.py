@@ -157,7 +157,7 @@ BOUND = 1e-4  # p-value below which a rule counts as wrong
 
 def tiny(seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
+    model: LlamaForCausalLM = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=V,
             hidden_size=16,
@@ -170,7 +170,8 @@ def tiny(seed: int) -> LlamaForCausalLM:
             pad_token_id=0,
             tie_word_embeddings=False,
         )
-    ).eval()
+    )
+    model.eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(12 if weight.ndim > 1 else 1)
@@ -249,10 +250,9 @@ def test_the_joint_law_test_notices_a_wrong_residual(monkeypatch: pytest.MonkeyP
 def test_with_a_seed_sample_and_match_gives_the_text_of_a_plain_run() -> None:
     model = tiny(0)
     options = {**OPTIONS, "max_new_tokens": 40, "num_return_sequences": 5, "seed": 11}
-    plain = specdec.wrap(model, "none").generate(PROMPT, **options)
+    baseline: Any = specdec.wrap(model, "none")
+    plain = baseline.generate(PROMPT, **options)
     for make, _ in DRAFTERS.values():
-        wrapped = specdec.wrap(model, make(), rule="sample-and-match")
+        wrapped: Any = specdec.wrap(model, make(), rule="sample-and-match")
         assert torch.equal(wrapped.generate(PROMPT, **options), plain)
-    assert not torch.equal(
-        specdec.wrap(model, "none").generate(PROMPT, **{**options, "seed": 12}), plain
-    )
+    assert not torch.equal(baseline.generate(PROMPT, **{**options, "seed": 12}), plain)

@@ -1,0 +1,85 @@
+"""The command line: what it prints, and how it fails."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from specdec import models
+from specdec.cli import app
+
+PROMPT = "Repeat exactly: the red fox, the red fox, the red fox."
+
+
+def run(*args: str, input: str | None = None) -> Any:
+    return CliRunner().invoke(app, args, input=input)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _model_is_there() -> None:
+    models.fetch()
+
+
+def test_generate_streams_text_and_shows_statistics() -> None:
+    result = run("generate", PROMPT, "--max-new-tokens", "12")
+    assert result.exit_code == 0
+    assert "red fox" in result.stdout
+    assert "tokens per step" in result.stderr
+
+
+def test_json_is_one_object_and_equal_with_and_without_drafts() -> None:
+    options = ["-", "--max-new-tokens", "12", "--json", "--dtype", "float32"]
+    answers = []
+    for drafter in ("ngram", "none"):
+        result = run("generate", *options, "--drafter", drafter, "--tree", "6", input=PROMPT)
+        assert result.exit_code == 0
+        answers.append(json.loads(result.stdout))
+    assert answers[0]["tokens"] == answers[1]["tokens"]
+    assert answers[0]["stats"]["steps"] < answers[1]["stats"]["steps"] == 12
+
+
+def test_compare_runs_the_baseline_too() -> None:
+    result = run("generate", PROMPT, "--max-new-tokens", "8", "--compare")
+    assert result.exit_code == 0
+    assert "same tokens" in result.stdout
+    result = run("generate", PROMPT, "--max-new-tokens", "8", "--compare", "--json")
+    comparison = json.loads(result.stdout)
+    assert comparison["same_tokens"] is True
+    assert comparison["plain"]["drafted"] == 0
+
+
+def test_a_model_drafts_on_a_shape_and_sampling_is_seeded() -> None:
+    options = [
+        "generate", PROMPT, "--drafter", models.DEFAULT, "--tree", "2,1", "--rule", "multi-round",
+        "--temperature", "0.8", "--top-p", "0.9", "--seed", "3", "--max-new-tokens", "6", "--json",
+    ]  # fmt: skip
+    first, second = (json.loads(run(*options).stdout) for _ in range(2))
+    assert first["tokens"] == second["tokens"]
+    assert first["stats"]["rule"] == "multi-round"
+    assert first["stats"]["acceptance_by_depth"]["1"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--tree", "many"], "--tree: expected a number of nodes, chain:5 or 4,2,1, got 'many'"),
+        (["--tree", "chain:4"], "--tree: ngram takes a number of nodes"),
+        (["--rule", "hope"], "rule: expected auto"),
+        (["--dtype", "float99"], "dtype: expected a torch dtype"),
+    ],
+)
+def test_wrong_input_is_named_without_a_traceback(args: list[str], message: str) -> None:
+    result = run("generate", PROMPT, *args)
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+
+
+def test_models_are_listed_with_their_folder() -> None:
+    result = run("models", "list")
+    assert "smollm2-135m" in result.stdout
+    assert run("models", "fetch").stdout.replace("\n", "").endswith("smollm2-135m")
+    assert run("models", "fetch", "nope").exit_code == 1
