@@ -17,7 +17,7 @@ from specdec.tree import ProposalLaw, TokenTree, TreeBatch
 class DraftContext:
     """What a drafter may look at, for the B sequences of a step."""
 
-    sequences: tuple[int, ...]  # numbers that stay with a sequence from `begin` to `end`
+    sequences: tuple[int, ...]  # numbers, the same from `begin` to `end` and never given twice
     tokens: tuple[Sequence[int], ...]  # all known tokens of each, prompt included, the root last
     max_depths: tuple[int, ...]  # deeper nodes could not be used before the length limit
     seeds: Tensor  # [B] int64, for `noise.uniform`, with `Purpose.DRAFT`

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 
@@ -32,8 +33,11 @@ class Request:
     seed: int
     stops: Callable[[Request], bool]
     prompt_length: int = field(init=False)
+    number: int = field(init=False, default_factory=count().__next__)
+    """Never given twice, so that a drafter can serve several runs at once."""
     finished: bool = False
     sequence: int = -1
+    """In the target's cache while it runs, else -1."""
 
     def __post_init__(self) -> None:
         if not self.tokens:
@@ -126,7 +130,7 @@ class Engine:
         cache, device = self.target.cache, self.target.device
         for request in requests:
             request.sequence = cache.admit()
-        self.drafter.begin([request.sequence for request in requests])
+        self.drafter.begin([request.number for request in requests])
         self.target.prefill(
             [request.sequence for request in requests],
             [upload(request.tokens[:-1], device) for request in requests],
@@ -137,7 +141,7 @@ class Engine:
     def _end(self, requests: Sequence[Request]) -> None:
         running = [request for request in requests if request.sequence >= 0]
         try:
-            self.drafter.end([request.sequence for request in running])
+            self.drafter.end([request.number for request in running])
         finally:
             for request in running:
                 self.target.cache.release(request.sequence)
@@ -148,8 +152,9 @@ class Engine:
         device = self.target.device
         sequences = tuple(request.sequence for request in requests)
         seeds = upload([request.seed for request in requests], device)
+        numbers = tuple(request.number for request in requests)
         context = DraftContext(
-            sequences=sequences,
+            sequences=numbers,
             tokens=tuple(request.tokens for request in requests),
             max_depths=tuple(
                 request.prompt_length + request.max_new_tokens - len(request.tokens) - 1
@@ -177,7 +182,7 @@ class Engine:
                 scored.commit(outcome.paths)
         paths, tokens, continued = _read(trees, outcome)
         scored.settle([len(path) for path in paths])
-        self.drafter.observe(Observation(sequences, trees, paths, tokens))
+        self.drafter.observe(Observation(numbers, trees, paths, tokens))
         emissions = []
         for index, request in enumerate(requests):
             taken = request.emit(tokens[index])

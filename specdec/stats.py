@@ -73,6 +73,13 @@ class GenerationStats:
         total = self.seconds.get("total", 0.0)
         return self.tokens / total if total else 0.0
 
+    @property
+    def loop_overhead(self) -> float:
+        """Time around the target's forward - draft, accept, commit, host - over its own time."""
+        verify = self.seconds.get("verify", 0.0)
+        around = self.seconds.get("total", 0.0) - self.seconds.get("prefill", 0.0) - verify
+        return around / verify if verify else 0.0
+
     def add_step(self, *, drafted: int, accepted: int, continued: bool, tokens: int) -> None:
         """Counts one sequence's part of a step."""
         self.steps += 1
@@ -96,6 +103,7 @@ class GenerationStats:
             "accepted": self.accepted,
             "tokens_per_step": self.tokens_per_step,
             "tokens_per_second": self.tokens_per_second,
+            "loop_overhead": self.loop_overhead,
             "acceptance_rate": self.acceptance_rate,
             "acceptance_by_depth": self.acceptance_by_depth,
             "seconds": dict(self.seconds),
@@ -115,7 +123,7 @@ class GenerationStats:
         table.add_row("drafted, accepted", f"{self.drafted}, {self.accepted}")
         table.add_row("acceptance by depth", by_depth or "nothing drafted")
         table.add_row("speed", f"{self.tokens_per_second:.1f} tokens/s in {total:.2f} s")
-        table.add_row("time", shares)
+        table.add_row("time", f"{shares}; loop around the forward {self.loop_overhead:.0%} of it")
         return table
 
 
