@@ -13,6 +13,7 @@ from specdec.cache import Speculation
 from specdec.drafting import DraftContext, Drafter, Observation
 from specdec.noise import Purpose, uniform
 from specdec.sampling import draw
+from specdec.support import causal_model, check_length
 from specdec.target import Target
 from specdec.transfer import upload
 from specdec.tree import ProposalLaw, Topology, TreeBatch, ancestor_words
@@ -63,7 +64,10 @@ class DraftModel(Drafter):
 
     def __post_init__(self) -> None:
         self.law = ProposalLaw.IID if self.sampled else ProposalLaw.DETERMINISTIC
-        self._target = Target(self.model, max_pages=self.max_pages)
+        config = causal_model(self.model).config.get_text_config(decoder=True)
+        length = getattr(config, "max_position_embeddings", None)
+        last = None if length is None else length - 1
+        self._target = Target(self.model, max_pages=self.max_pages, last_position=last)
 
     def begin(self, sequences: Sequence[int]) -> None:
         for sequence in sequences:
@@ -76,7 +80,7 @@ class DraftModel(Drafter):
                 self._target.cache.release(self._sequences.pop(sequence).number)
 
     def propose(self, context: DraftContext, nodes: int) -> TreeBatch:
-        self._check_vocabulary(context.vocab_size)
+        self._check(context)
         shape = self.topology or Topology.fading(nodes)
         shape = shape.cut(depth=max(0, *context.max_depths), nodes=nodes)
         grown = _GrowingTrees(shape, context, sampled=self.sampled and context.sampler.do_sample)
@@ -95,13 +99,15 @@ class DraftModel(Drafter):
             self._open = _OpenDraft(context.sequences, shape, None)
         return grown.batch()
 
-    def _check_vocabulary(self, vocab_size: int) -> None:
+    def _check(self, context: DraftContext) -> None:
         own = self._target.vocab_size
-        if abs(own - vocab_size) > VOCABULARY_PADDING:
+        if abs(own - context.vocab_size) > VOCABULARY_PADDING:
             raise ValueError(
-                f"draft model: its vocabulary of {own} tokens is not the target's {vocab_size}; "
-                "use a model with the same tokenizer"
+                f"draft model: its vocabulary of {own} tokens is not the target's "
+                f"{context.vocab_size}; use a model with the same tokenizer"
             )
+        ends = [len(t) + d for t, d in zip(context.tokens, context.max_depths, strict=True)]
+        check_length(self._target.model, max(ends))
 
     def _catch_up(self, context: DraftContext) -> Tensor:
         """Commits every known token, the root included; [B, V] logits behind the roots."""
@@ -132,7 +138,7 @@ class DraftModel(Drafter):
         batch = len(lease.sequences)
         device = self._target.device
         # The root is committed here, so the tree is a forest: every index falls by one.
-        bits = [grown.bits[node] >> 1 for node in level]
+        bits = [grown.shape.ancestor_bits[node] >> 1 for node in level]
         words = upload(ancestor_words(bits, len(grown.shape) - 1), device)
         nodes = upload(level, device) - 1
         depth = grown.shape.depths[level[0]] - 1
@@ -186,7 +192,6 @@ class _GrowingTrees:
     def __init__(self, shape: Topology, context: DraftContext, *, sampled: bool) -> None:
         self.shape = shape
         self.context = context
-        self.bits = _ancestor_bits(shape)
         batch, device = len(context.sequences), context.device
         roots = upload([tokens[-1] for tokens in context.tokens], device)
         self.tokens = torch.zeros(batch, len(shape), dtype=torch.int64, device=device)
@@ -218,20 +223,16 @@ class _GrowingTrees:
             tokens=self.tokens.flatten(),
             parents=upload(self.shape.parents, device).repeat(batch),
             depths=upload(self.shape.depths, device).repeat(batch),
-            ancestors=upload(ancestor_words(self.bits, len(self.shape)), device).repeat(batch, 1),
+            ancestors=upload(
+                ancestor_words(self.shape.ancestor_bits, len(self.shape)), device
+            ).repeat(batch, 1),
             laws=torch.full((self.tokens.numel(),), law, dtype=torch.int8, device=device),
             draft_probs=None if self._probs is None else self._probs.flatten(0, 1),
             sizes=(len(self.shape),) * batch,
+            laws_used=frozenset({law}),
             max_depth=self.shape.depths[-1],
             max_children=max(widths),
         )
-
-
-def _ancestor_bits(shape: Topology) -> list[int]:
-    bits = [1]
-    for node, parent in enumerate(shape.parents[1:], start=1):
-        bits.append(1 << node | bits[parent])
-    return bits
 
 
 def _inner_levels(shape: Topology) -> list[tuple[int, ...]]:

@@ -70,9 +70,11 @@ def compare(wrapped: specdec.SpeculativeModel, **options: Any) -> Comparison:
         options: those of `generate`, for one prompt. Sampled runs have equal tokens only under
             `rule="sample-and-match"` with a `seed`.
     """
-    plain_model = specdec.wrap(wrapped.model, drafter="none")
+    baseline = wrapped.without_drafts()
     options = {**options, "return_dict_in_generate": True}
-    plain, drafted = plain_model.generate(**options), wrapped.generate(**options)
+    for model in (baseline, wrapped):  # neither arm pays for the first pass of a process
+        model.generate(**{**options, "max_new_tokens": 1})
+    plain, drafted = baseline.generate(**options), wrapped.generate(**options)
     assert isinstance(plain, SpeculativeOutput)
     assert isinstance(drafted, SpeculativeOutput)
     assert plain.stats is not None

@@ -9,8 +9,11 @@ per step stand beside those of transformers' prompt lookup, which counts one ste
 
 from __future__ import annotations
 
+import datetime
 import json
 import platform
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -188,6 +191,9 @@ def provenance(model: Any) -> dict[str, object]:
     """Where and with what the numbers were made."""
     cuda = model.device.type == "cuda"
     return {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python -m specdec.eval.lossless", *sys.argv[1:]]),
+        "commit": _commit(),
         "device": torch.cuda.get_device_name(model.device) if cuda else platform.machine(),
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype),
@@ -196,6 +202,14 @@ def provenance(model: Any) -> dict[str, object]:
         "transformers": transformers.__version__,
         "specdec": specdec.__version__,
     }
+
+
+def _commit() -> str | None:
+    """The revision of the checkout that runs, `+` if it was changed; None outside of one."""
+    describe = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    here = Path(__file__).parent
+    result = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
 
 
 def show(results: dict[str, dict[str, Tally]]) -> Table:

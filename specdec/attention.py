@@ -21,7 +21,9 @@ Backend = Literal["auto", "reference", "sdpa"]
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """All that attention knows about one forward: device tensors, and sizes the host knows.
+    """All that attention knows about one forward, as device tensors.
+
+    `page_table` and `prefix_lens` are the cache's own: a plan holds until the next commit.
 
     Letters: R rows (queries), S sequences of the cache, W words of ancestor bits.
     """
@@ -34,8 +36,15 @@ class AttentionPlan:
     ancestors: Tensor | None  # [R, W] int32 over places behind the prefix; None: all up to the own
     slots: Tensor  # [R] int64, where each row's key and value are written
     positions: Tensor  # [R] int64, prefix length + depth
-    _on_device: dict[torch.device, AttentionPlan] = field(default_factory=dict)
-    _dense: list[sdpa.DenseGroup] = field(default_factory=list)
+    _on_device: dict[torch.device, AttentionPlan] = field(init=False, default_factory=dict)
+    _dense: list[sdpa.DenseGroup] = field(init=False, default_factory=list)
+
+    def held(self, last: Tensor | int) -> AttentionPlan:
+        """The same plan with no position beyond `last`, [R] int64 or one for all rows.
+
+        For rows that cannot matter, so that they do not ask the model for positions it lacks.
+        """
+        return replace(self, positions=self.positions.clamp_max(last))
 
     def on(self, device: torch.device) -> AttentionPlan:
         """The same plan for layers on another device; copied once."""
@@ -51,8 +60,6 @@ class AttentionPlan:
                 ancestors=None if self.ancestors is None else self.ancestors.to(device),
                 slots=self.slots.to(device),
                 positions=self.positions.to(device),
-                _on_device={},
-                _dense=[],
             )
         return self._on_device[device]
 

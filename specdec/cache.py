@@ -14,6 +14,7 @@ before still runs. `Speculation.settle` tightens the bound once the host knows w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 
 import torch
@@ -26,6 +27,17 @@ from specdec.tree import TreeBatch
 
 NULL_SEQUENCE = 0
 """A sequence of length 0 whose every slot lies in the trash page, for rows that pad a batch."""
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """What the host knows of one admission. Leases hold it, so they never act on a stranger."""
+
+    number: int
+    pages: list[int] = field(default_factory=list)
+    bound: int = 0  # of the committed length
+    lease: Speculation | None = None
+    released: bool = False
 
 
 class TreeKVCache:
@@ -41,37 +53,36 @@ class TreeKVCache:
         self.device = torch.device(device)
         self.lengths = torch.zeros(1, dtype=torch.int64, device=self.device)  # [S], by sequence
         self.page_table = torch.full((1, 1), TRASH_PAGE, dtype=torch.int64, device=self.device)
-        self._pages: dict[int, list[int]] = {}
-        self._bounds: dict[int, int] = {}
-        self._leased: dict[int, int] = {}
+        self._sequences: dict[int, _Sequence] = {}
 
     @property
     def sequences(self) -> list[int]:
         """The sequences that are admitted and not yet released."""
-        return list(self._pages)
+        return list(self._sequences)
 
     def length_bound(self, sequence: int) -> int:
         """An upper bound of a sequence's committed length, known without asking the device."""
-        return self._bounds[sequence]
+        return self._sequences[sequence].bound
 
     def admit(self) -> int:
-        """Opens an empty sequence and returns its number."""
-        sequence = next(s for s in range(1, len(self._pages) + 2) if s not in self._pages)
-        if sequence >= len(self.lengths):
-            extra = max(sequence + 1 - len(self.lengths), len(self.lengths))
+        """Opens an empty sequence and returns its number, the lowest that is free."""
+        number = next(s for s in range(1, len(self._sequences) + 2) if s not in self._sequences)
+        if number >= len(self.lengths):
+            extra = max(number + 1 - len(self.lengths), len(self.lengths))
             self.lengths = torch.cat([self.lengths, self.lengths.new_zeros(extra)])
             width = self.page_table.shape[1]
             rows = self.page_table.new_full((extra, width), TRASH_PAGE)
             self.page_table = torch.cat([self.page_table, rows])
-        self.lengths[sequence] = 0
-        self._pages[sequence], self._bounds[sequence] = [], 0
-        return sequence
+        self._sequences[number] = _Sequence(number)
+        return number
 
     def release(self, sequence: int) -> None:
-        """Gives a sequence's pages back. An open speculation on it becomes void."""
-        self.pool.free(self._pages.pop(sequence))
-        self._bounds.pop(sequence)
-        self._leased.pop(sequence, None)
+        """Gives a sequence's pages back. An open speculation on it is rolled back."""
+        released = self._sequences.pop(sequence)
+        released.released = True
+        if released.lease is not None:
+            released.lease.rollback()
+        self.pool.free(released.pages)
         self.page_table[sequence] = TRASH_PAGE
         self.lengths[sequence] = 0
 
@@ -87,40 +98,55 @@ class TreeKVCache:
         Raises:
             OutOfPages: nothing was reserved.
         """
-        for sequence, count in zip(sequences, rows, strict=True):
-            if sequence not in self._pages:
-                raise ValueError(f"sequences: expected admitted ones, got {sequence}")
-            if sequence in self._leased:
-                raise RuntimeError(f"sequence {sequence} already has an open speculation")
+        members = []
+        for number, count in zip(sequences, rows, strict=True):
+            if number not in self._sequences:
+                raise ValueError(f"sequences: expected admitted ones, got {number}")
+            if self._sequences[number].lease is not None:
+                raise RuntimeError(f"sequence {number} already has an open speculation")
             if count < 1:
                 raise ValueError(f"rows: expected at least 1 for each sequence, got {count}")
-        self._reserve(sequences, rows)
-        for sequence, count in zip(sequences, rows, strict=True):
-            self._leased[sequence] = count
-        return Speculation(self, tuple(sequences), tuple(rows))
+            members.append(self._sequences[number])
+        if len(set(sequences)) != len(sequences):
+            raise ValueError(f"sequences: expected each at most once, got {list(sequences)}")
+        self._reserve(members, rows)
+        return Speculation(self, members, tuple(rows))
 
-    def _reserve(self, sequences: Sequence[int], rows: Sequence[int]) -> None:
+    def _reserve(self, members: Sequence[_Sequence], rows: Sequence[int]) -> None:
         size = self.pool.page_size
-        missing = {
-            sequence: max(
-                0, -(-(self._bounds[sequence] + ahead) // size) - len(self._pages[sequence])
-            )
-            for sequence, ahead in zip(sequences, rows, strict=True)
-        }
-        fresh = self.pool.allocate(sum(missing.values()))
-        if not fresh:
+        missing = [
+            max(0, -(-(member.bound + ahead) // size) - len(member.pages))
+            for member, ahead in zip(members, rows, strict=True)
+        ]
+        if not any(missing):
             return
-        width = max(len(self._pages[s]) + missing[s] for s in sequences)
-        if width > self.page_table.shape[1]:
-            extra = max(width, 2 * self.page_table.shape[1]) - self.page_table.shape[1]
+        self._widen(max(len(m.pages) + n for m, n in zip(members, missing, strict=True)))
+        fresh = self.pool.allocate(sum(missing))
+        given = []
+        try:
+            for member, count in zip(members, missing, strict=True):
+                have = len(member.pages)
+                new, fresh = fresh[:count], fresh[count:]
+                member.pages += new
+                given.append((member, have))
+                if new:
+                    row = self.page_table[member.number]
+                    row[have : have + count] = upload(new, self.device)
+        except BaseException:  # all or none, also when the device has no memory left for the copy
+            for member, have in given:
+                fresh += member.pages[have:]
+                del member.pages[have:]
+                self.page_table[member.number, have:] = TRASH_PAGE
+            self.pool.free(fresh)
+            raise
+
+    def _widen(self, pages: int) -> None:
+        """Makes room in the page table for sequences of that many pages."""
+        width = self.page_table.shape[1]
+        if pages > width:
+            extra = max(pages, 2 * width) - width
             columns = self.page_table.new_full((len(self.page_table), extra), TRASH_PAGE)
             self.page_table = torch.cat([self.page_table, columns], dim=1)
-        for sequence, count in missing.items():
-            if count:
-                have = len(self._pages[sequence])
-                new, fresh = fresh[:count], fresh[count:]
-                self._pages[sequence] += new
-                self.page_table[sequence, have : have + count] = upload(new, self.device)
 
     def slots(self, sequences: Tensor, positions: Tensor) -> Tensor:
         """Where tokens lie: [R] int64 slots for [R] sequences and positions within them."""
@@ -135,18 +161,18 @@ class TreeKVCache:
             RuntimeError: a page is leaked or shared by mistake, a length exceeds its bound, or the
                 device's page table differs from the host's.
         """
-        self.pool.check_integrity(list(self._pages.values()))
+        self.pool.check_integrity([member.pages for member in self._sequences.values()])
         lengths, table = self.lengths.tolist(), self.page_table.tolist()
-        for sequence in range(len(lengths)):
-            pages = self._pages.get(sequence, [])
-            row = table[sequence]
+        nobody = _Sequence(NULL_SEQUENCE)
+        for number, (length, row) in enumerate(zip(lengths, table, strict=True)):
+            member = self._sequences.get(number, nobody)
+            pages = member.pages
             if row[: len(pages)] != pages or set(row[len(pages) :]) - {TRASH_PAGE}:
-                raise RuntimeError(f"sequence {sequence}: page table {row} is not {pages}")
-            bound = self._bounds.get(sequence, 0)
-            need = bound + self._leased.get(sequence, 0)
-            if not 0 <= lengths[sequence] <= bound or need > len(pages) * self.pool.page_size:
+                raise RuntimeError(f"sequence {number}: page table {row} is not {pages}")
+            need = member.bound + (member.lease.rows_of(member) if member.lease else 0)
+            if not 0 <= length <= member.bound or need > len(pages) * self.pool.page_size:
                 raise RuntimeError(
-                    f"sequence {sequence}: length {lengths[sequence]}, bound {bound}, "
+                    f"sequence {number}: length {length}, bound {member.bound}, "
                     f"{need} tokens needed in {len(pages)} pages"
                 )
 
@@ -158,13 +184,26 @@ class Speculation:
     Nothing a rejected row wrote can be read afterwards.
     """
 
-    def __init__(self, cache: TreeKVCache, sequences: tuple[int, ...], rows: tuple[int, ...]):
+    def __init__(
+        self, cache: TreeKVCache, members: Sequence[_Sequence], rows: tuple[int, ...]
+    ) -> None:
         self.cache = cache
-        self.sequences = sequences
         self.rows = rows
         self.open = True
-        self._longest: tuple[int, ...] = ()
-        self._sequence_index = upload(sequences, cache.device)
+        self._members = tuple(members)
+        self._longest: tuple[int, ...] | None = None  # rows that the commit may have kept
+        self._sequence_index = upload(self.sequences, cache.device)
+        for member in members:
+            member.lease = self
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """The leased sequences, in order."""
+        return tuple(member.number for member in self._members)
+
+    def rows_of(self, member: _Sequence) -> int:
+        """How many rows a sequence has leased here."""
+        return self.rows[self._members.index(member)]
 
     def __enter__(self) -> Speculation:
         return self
@@ -202,16 +241,18 @@ class Speculation:
         """The plan of a forward over some of the leased rows.
 
         Args:
-            member: [R] int64, index into `sequences`; rows of one sequence side by side.
+            member: [R] int64, index into `sequences`; rows of one sequence side by side. -1 for
+                rows that only fill up a batch: with no ancestor but themselves they see, and
+                write, nothing but the trash page.
             nodes: [R] int64, the leased row of each query, which is also its key's place.
             depths: [R] int64, distance from the committed end.
             ancestors: [R, W] int32 bit words over the leased rows, the own bit included; None for
                 chains, in which every row sees the rows before it.
         """
-        if not self.open:
-            raise RuntimeError("this speculation is already committed or rolled back")
+        self._check_open()
         cache = self.cache
-        sequence = self._sequence_index[member]
+        real = self._sequence_index[member.clamp_min(0)]
+        sequence = torch.where(member < 0, NULL_SEQUENCE, real)
         prefix = cache.lengths[sequence]
         return AttentionPlan(
             page_table=cache.page_table,
@@ -233,8 +274,7 @@ class Speculation:
             paths: [B, D] int64, leased rows from the top down, rising, -1 behind the last; None
                 to keep all rows, as for a chain.
         """
-        if not self.open:
-            raise RuntimeError("this speculation is already committed or rolled back")
+        self._check_open()
         cache, index = self.cache, self._sequence_index
         if paths is None:
             cache.lengths[index] += upload(self.rows, cache.device)
@@ -252,25 +292,34 @@ class Speculation:
             cache.lengths[index] += kept.sum(1)
             longest = [min(rows, paths.shape[1]) for rows in self.rows]
         self._longest = tuple(longest)
-        for sequence, rows in zip(self.sequences, longest, strict=True):
-            cache._bounds[sequence] += rows
+        for member, count in zip(self._members, longest, strict=True):
+            member.bound += count
         self._close()
 
     def settle(self, kept: Sequence[int]) -> None:
-        """Tells the cache how many rows the commit kept, once the host knows.
+        """Tells the cache, once, how many rows the commit kept, as soon as the host knows.
 
-        May come after later commits: only the difference to the longest path is taken back.
+        May come after later commits, since only the difference to the longest path is taken back,
+        and after sequences were released, which then are left alone.
         """
-        for sequence, longest, rows in zip(self.sequences, self._longest, kept, strict=True):
-            self.cache._bounds[sequence] -= longest - rows
+        if self._longest is None:
+            raise RuntimeError("settle: expected once, after a commit")
+        for member, longest, rows in zip(self._members, self._longest, kept, strict=True):
+            if not 0 <= rows <= longest:
+                raise ValueError(f"kept: expected 0 to {longest} rows, got {rows}")
+            member.bound -= longest - rows
+        self._longest = None
 
     def rollback(self) -> None:
         """Forgets all leased rows."""
+        self._check_open()
+        self._close()
+
+    def _check_open(self) -> None:
         if not self.open:
             raise RuntimeError("this speculation is already committed or rolled back")
-        self._close()
 
     def _close(self) -> None:
         self.open = False
-        for sequence in self.sequences:
-            self.cache._leased.pop(sequence, None)
+        for member in self._members:
+            member.lease = None

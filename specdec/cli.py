@@ -23,6 +23,7 @@ from specdec.eval.compare import compare
 from specdec.eval.cost import measure_step
 from specdec.eval.prompts import DEMO_PROMPT, builtin_prompts
 from specdec.generation import SpeculativeOutput
+from specdec.pages import OutOfPages
 from specdec.target import Target
 from specdec.tree import Topology
 
@@ -36,7 +37,7 @@ app.add_typer(models_app, name="models")
 
 out, err = Console(), Console(stderr=True)
 
-EXPECTED_ERRORS = (ValueError, TypeError, NotImplementedError, OSError, RuntimeError)
+EXPECTED_ERRORS = (ValueError, NotImplementedError, OSError, OutOfPages, models.FetchError)
 
 
 @contextmanager

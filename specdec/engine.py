@@ -71,7 +71,7 @@ class Emission:
     drafted: int
     """Nodes proposed, the root not counted."""
     accepted: int
-    """Nodes accepted, the root not counted."""
+    """Nodes accepted, the root not counted, nor what lay behind the end of the text."""
 
 
 class Engine:
@@ -114,10 +114,10 @@ class Engine:
         """
         watch = Stopwatch(self.target.device, self.stats.seconds)
         try:
-            with watch.host("total"), watch.phase("prefill"):
+            with self.target.lock, watch.host("total"), watch.phase("prefill"):
                 self._begin(requests)
             while running := [request for request in requests if not request.finished]:
-                with watch.host("total"):
+                with self.target.lock, watch.host("total"):
                     emissions = self._step(running, watch)
                 yield emissions
                 self._end([request for request in running if request.finished])
@@ -140,12 +140,13 @@ class Engine:
 
     def _end(self, requests: Sequence[Request]) -> None:
         running = [request for request in requests if request.sequence >= 0]
-        try:
-            self.drafter.end([request.number for request in running])
-        finally:
-            for request in running:
-                self.target.cache.release(request.sequence)
-                request.sequence = -1
+        with self.target.lock:
+            try:
+                self.drafter.end([request.number for request in running])
+            finally:
+                for request in running:
+                    self.target.cache.release(request.sequence)
+                    request.sequence = -1
 
     @torch.no_grad()
     def _step(self, requests: Sequence[Request], watch: Stopwatch) -> list[Emission]:
@@ -157,7 +158,7 @@ class Engine:
             sequences=numbers,
             tokens=tuple(request.tokens for request in requests),
             max_depths=tuple(
-                request.prompt_length + request.max_new_tokens - len(request.tokens) - 1
+                max(0, request.prompt_length + request.max_new_tokens - len(request.tokens) - 1)
                 for request in requests
             ),
             seeds=seeds,
@@ -186,11 +187,12 @@ class Engine:
         emissions = []
         for index, request in enumerate(requests):
             taken = request.emit(tokens[index])
-            emission = Emission(request, taken, trees.sizes[index] - 1, len(paths[index]) - 1)
+            accepted = min(len(paths[index]) - 1, len(taken))
+            emission = Emission(request, taken, trees.sizes[index] - 1, accepted)
             self.stats.add_step(
                 drafted=emission.drafted,
                 accepted=emission.accepted,
-                continued=continued[index],
+                continued=continued[index] and len(taken) == len(tokens[index]),
                 tokens=len(taken),
             )
             emissions.append(emission)
@@ -204,6 +206,13 @@ class Engine:
             raise ValueError(
                 f"{name}.propose: expected {count} trees of at most {self.nodes} nodes, "
                 f"got sizes {trees.sizes}"
+            )
+        illegal = trees.laws_used - self.rule.legal_laws
+        if illegal:
+            raise ValueError(
+                f"{name}.propose: the rule {self.rule.name!r} is not lossless for "
+                f"{', '.join(law.name.lower() for law in illegal)} proposals; set the drafter's "
+                "law, so that a legal rule is chosen"
             )
         if trees.device != self.target.device:
             raise ValueError(

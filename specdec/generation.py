@@ -173,7 +173,7 @@ class Call:
         eos, width = self.eos_tokens, self.input_ids.shape[1]
         seeds = split_seeds(seed, len(self.input_ids)).tolist()
         requests = []
-        for row, row_seed in zip(range(len(self.input_ids)), seeds, strict=True):
+        for row, row_seed in enumerate(seeds):
             ids = self.input_ids[row]
             padding = (
                 0 if self.attention_mask is None else int((self.attention_mask[row] == 0).sum())
@@ -187,7 +187,7 @@ class Call:
                     return False
                 text = torch.tensor([pads + request.tokens], device=self.input_ids.device)
                 # transformers hands over its scores here; without output_scores there are none.
-                return any(bool(criterion(text, None)[0]) for criterion in others)
+                return any(bool(torch.as_tensor(end(text, None)).any()) for end in others)
 
             requests.append(
                 Request(ids[padding:].tolist(), self.max_length - width, row_seed, stops)
@@ -235,12 +235,10 @@ def prepare(
                 config = GenerationConfig.from_dict(config.to_dict())
                 config.stop_strings = None
                 options["generation_config"] = config
-    if stop_strings is not None:
-        if tokenizer is None:
-            raise ValueError("stop_strings: pass tokenizer= as well, to find them in the tokens")
-        criterion = StopStringCriteria(tokenizer, stop_strings)
+    criteria = stop_string_criteria(stop_strings, tokenizer)
+    if criteria:
         given = options.get("stopping_criteria") or ()
-        options = {**options, "stopping_criteria": StoppingCriteriaList([*given, criterion])}
+        options = {**options, "stopping_criteria": StoppingCriteriaList([*given, *criteria])}
     captured: list[Call] = []
 
     def capture(
@@ -260,6 +258,21 @@ def prepare(
 
     model.generate(inputs, custom_generate=capture, **options)  # type: ignore[operator]
     return captured[0]
+
+
+def stop_string_criteria(
+    stop_strings: str | list[str] | None, tokenizer: Any
+) -> list[StoppingCriteria]:
+    """transformers' criterion for stop strings, if there are any.
+
+    Raises:
+        ValueError: there are, but no tokenizer to find them with.
+    """
+    if stop_strings is None:
+        return []
+    if tokenizer is None:
+        raise ValueError("stop_strings: pass tokenizer= as well, to find them in the tokens")
+    return [StopStringCriteria(tokenizer, stop_strings)]
 
 
 def _is_neutral(name: str, value: object) -> bool:

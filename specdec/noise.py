@@ -42,7 +42,8 @@ def uniform(seeds: Tensor, positions: Tensor, purpose: int) -> Tensor:
 def split_seeds(seed: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """One seed for each request of a batch, [count] int64."""
     index = torch.arange(count, dtype=torch.int64, device=device)
-    return _hash(torch.full_like(index, seed), index, Purpose.SEED)
+    wrapped = (seed + 2**63) % 2**64 - 2**63  # any Python integer, as a signed one of 64 bits
+    return _hash(torch.full_like(index, wrapped), index, Purpose.SEED)
 
 
 def _hash(seeds: Tensor, positions: Tensor, purpose: int) -> Tensor:

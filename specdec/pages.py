@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -96,7 +97,7 @@ class PagePool:
             for index, layer in enumerate(indices)
         }
         self._references = [1]  # by page; the trash page references itself
-        self._free: list[int] = []  # descending, so that the lowest page is handed out first
+        self._free: list[int] = []  # a heap: the lowest page is handed out first
 
     def _empty(self, shape: LayerShape, layers: int, pages: int, dim: int) -> Tensor:
         size = (layers, pages, self.page_size, shape.kv_heads, dim)
@@ -123,40 +124,32 @@ class PagePool:
         Raises:
             OutOfPages: `max_pages` does not allow it.
         """
-        missing = count - len(self._free)
-        if missing > 0:
-            self._grow(missing, count)
-        return self._take(count)
-
-    def _take(self, count: int) -> list[int]:
-        pages = [self._free.pop() for _ in range(count)]
+        if count > len(self._free):
+            self._grow(count)
+        pages = [heapq.heappop(self._free) for _ in range(count)]
         for page in pages:
             self._references[page] = 1
         return pages
 
-    def _grow(self, missing: int, need: int) -> None:
-        room = missing if self.max_pages is None else self.max_pages - self.num_pages
-        if room < missing:
-            raise OutOfPages(
-                need, self.num_free + room, self.max_pages or self.num_pages, self.page_size
-            )
-        extra = max(missing, min(room, self.num_pages // 2))
-        if self.max_pages is None:
-            extra = max(missing, self.num_pages // 2)
-        grown = [  # all new tensors exist before the first old one is dropped
-            (
-                torch.cat([g.keys, torch.zeros_like(g.keys[:, :1]).repeat(1, extra, 1, 1, 1)], 1),
-                torch.cat(
-                    [g.values, torch.zeros_like(g.values[:, :1]).repeat(1, extra, 1, 1, 1)], 1
-                ),
-            )
-            for g in self.groups
-        ]
+    def _grow(self, need: int) -> None:
+        """Adds pages until `need` are free, and half as many again if the limit allows."""
+        missing = need - self.num_free
+        extra = max(missing, self.num_pages // 2)
+        if self.max_pages is not None:
+            room = self.max_pages - self.num_pages
+            if room < missing:
+                raise OutOfPages(need, self.num_free + room, self.max_pages, self.page_size)
+            extra = min(extra, room)
+        try:  # all new tensors exist before the first old one is dropped
+            grown = [(_longer(g.keys, extra), _longer(g.values, extra)) for g in self.groups]
+        except torch.OutOfMemoryError as error:
+            raise OutOfPages(need, self.num_free, self.num_pages, self.page_size) from error
         for group, (keys, values) in zip(self.groups, grown, strict=True):
             group.keys, group.values = keys, values
         first = len(self._references)
         self._references += [0] * extra
-        self._free = sorted([*self._free, *range(first, first + extra)], reverse=True)
+        for page in range(first, first + extra):
+            heapq.heappush(self._free, page)
 
     def share(self, pages: Sequence[int]) -> None:
         """Adds one reference to each page."""
@@ -164,12 +157,17 @@ class PagePool:
             self._references[page] += 1
 
     def free(self, pages: Sequence[int]) -> None:
-        """Drops one reference from each page; a page without references can be handed out again."""
+        """Drops one reference from each page; a page without references can be handed out again.
+
+        Raises:
+            RuntimeError: a page has no reference to drop.
+        """
         for page in pages:
+            if self._references[page] < 1 or page == TRASH_PAGE:
+                raise RuntimeError(f"page {page} is freed but not owned")
             self._references[page] -= 1
             if self._references[page] == 0:
-                self._free.append(page)
-        self._free.sort(reverse=True)
+                heapq.heappush(self._free, page)
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """Copies K and V rows of every layer from slot to slot.
@@ -206,3 +204,9 @@ class PagePool:
         unowned = sorted(page for page, owners in enumerate(count) if owners == 0)
         if unowned != sorted(self._free):
             raise RuntimeError(f"free pages {sorted(self._free)} are not the unowned {unowned}")
+
+
+def _longer(tensor: Tensor, pages: int) -> Tensor:
+    """[L, P, ...] with zeroed pages added behind."""
+    size = (tensor.shape[0], pages, *tensor.shape[2:])
+    return torch.cat([tensor, tensor.new_zeros(size)], 1)

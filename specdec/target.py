@@ -8,10 +8,12 @@ of the attention implementation is set around our own forward and restored after
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +29,12 @@ from specdec.tree import TreeBatch
 
 ATTENTION = "specdec"
 
+_LOCKS: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
+"""One lock for each model: the name of its attention changes for the time of a forward."""
+
 HARMLESS_ARGUMENTS = {
     "attention_interface",
     "cache_position",
-    "is_causal",
     "logits_to_keep",
     "output_attentions",
     "output_hidden_states",
@@ -55,12 +59,16 @@ class AttentionCall:
     window: int | None
     softcap: float | None
     sinks: Tensor | None
-    unknown: frozenset[str]  # arguments with a value that tree attention does not know
+    unknown: set[str]  # arguments with a value that tree attention does not know
 
 
 class AttentionHandler(Protocol):
     def __call__(self, call: AttentionCall) -> Tensor:
         """Attention output [1, R, Hq, Dv]."""
+
+
+class NoHandler(RuntimeError):
+    """The attention function was reached by a call that is not ours."""
 
 
 def _attention(
@@ -79,12 +87,18 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The function registered with transformers: every layer of every model arrives here."""
     if specdec_handler is None:
-        raise UnsupportedModel(
-            module, "the model does not hand keyword arguments down to its attention"
+        raise NoHandler(
+            f"{type(module).__name__} was called without a plan: the model is generating with "
+            "specdec in another thread, or does not hand keyword arguments down to its attention"
         )
-    unknown = frozenset(
+    causal = rest.pop("is_causal", None) is not False and getattr(module, "is_causal", True)
+    unknown = {
         name for name, given in rest.items() if given is not None and name not in HARMLESS_ARGUMENTS
-    )
+    }
+    if attention_mask is not None:
+        unknown.add("a mask of its own")
+    if not causal:
+        unknown.add("bidirectional attention")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     call = AttentionCall(layer, query, key, value, scaling, sliding_window, softcap, s_aux, unknown)
     return specdec_handler(call), None
@@ -156,12 +170,17 @@ class _PagedAttention:
 class Target:
     """A causal language model that scores packed token trees against a paged cache.
 
+    `lock` is held by whoever takes a step; all targets of one model share it, so several threads
+    may generate with one model, in turns. The model's own forward must not run meanwhile.
+
     Args:
         model: a decoder-only transformers model, or a PEFT model of layers around one. It keeps
             working as before.
         page_size: tokens in a page of the cache.
         max_pages: upper bound for the cache; None to grow as needed.
         backend: the backend of tree attention.
+        last_position: positions behind this one are held there. For a draft model, whose guesses
+            may be poor but must not fail, when the target's text outgrows it.
 
     Raises:
         UnsupportedModel: the model cannot be driven; the message says why.
@@ -174,10 +193,13 @@ class Target:
         page_size: int = 16,
         max_pages: int | None = None,
         backend: Backend = "auto",
+        last_position: int | None = None,
     ) -> None:
         self.model = causal_model(model)
         check_model(self.model)
         self.backend = backend
+        self.last_position = last_position
+        self.lock = _LOCKS.setdefault(self.model, threading.RLock())
         self.device = _input_device(self.model)
         self._configs = _configs(self.model)
         self._no_cache = PassThroughCache()
@@ -189,7 +211,14 @@ class Target:
         """Runs two tokens to learn what each attention layer stores and asks for."""
         probe = _Probe([])
         tokens = torch.zeros(2, dtype=torch.int64, device=self.device)
-        logits = self._run(tokens, torch.arange(2, device=self.device), probe, 0)
+        try:
+            logits = self._run(tokens, torch.arange(2, device=self.device), probe, 1)
+        except NoHandler:
+            raise UnsupportedModel(
+                self.model, "it does not hand keyword arguments down to its attention"
+            ) from None
+        if len(logits) != 1:
+            raise UnsupportedModel(self.model, "it ignores `logits_to_keep`")
         calls = sorted(probe.calls, key=lambda call: call.layer)
         config = self.model.config.get_text_config(decoder=True)
         if [call.layer for call in calls] != list(range(config.num_hidden_layers)):
@@ -224,7 +253,7 @@ class Target:
     def _run(
         self, tokens: Tensor, positions: Tensor, handler: AttentionHandler, keep: int | Tensor
     ) -> Tensor:
-        with _attention_name(self._configs, ATTENTION):
+        with self.lock, _attention_name(self._configs, ATTENTION):
             output = self.model(
                 input_ids=tokens[None],
                 position_ids=positions[None],
@@ -249,6 +278,8 @@ class Target:
         Returns:
             [kept rows, V] logits in the dtype of the model's head.
         """
+        if self.last_position is not None:
+            plan = plan.held(self.last_position)
         handler = _PagedAttention(self.cache.pool, plan, self.backend)
         return self._run(tokens, plan.positions, handler, keep)
 
@@ -287,8 +318,7 @@ class Target:
             lengths = lease.lengths
             plan = lease.plan_trees(trees)
             if last_positions is not None:
-                held = torch.minimum(plan.positions, last_positions[trees.tree])
-                plan = replace(plan, positions=held)
+                plan = plan.held(last_positions[trees.tree])
             return Scored(self.forward(trees.tokens, plan), lengths, lease)
         except BaseException:
             lease.rollback()

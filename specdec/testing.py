@@ -84,8 +84,8 @@ def degraded(
 
     Args:
         model: left as it is.
-        bits: round every linear layer's weights to that many bits, symmetrically by output row;
-            2 to 8. The head and the embeddings keep their precision.
+        bits: round every weight matrix of the decoder to that many bits, symmetrically along its
+            last dimension; 2 to 8. The head and the token embeddings keep their precision.
         layers: keep that many decoder layers: the first and the last ones, and of the others those
             spread evenly.
     """
@@ -93,12 +93,13 @@ def degraded(
     if bits is not None:
         if not 2 <= bits <= 8:
             raise ValueError(f"bits: expected 2 to 8, got {bits}")
-        head = worse.get_output_embeddings()
+        embeddings: Any = (worse.get_input_embeddings(), worse.get_output_embeddings())
+        precise = {id(part.weight) for part in embeddings}
         top = 2 ** (bits - 1) - 1
-        for part in worse.modules():
-            if isinstance(part, nn.Linear) and part is not head:
-                scale = part.weight.abs().amax(1, keepdim=True).clamp_min(1e-12) / top
-                part.weight.copy_((part.weight / scale).round() * scale)
+        for weight in worse.get_decoder().parameters():
+            if weight.ndim > 1 and id(weight) not in precise:
+                scale = weight.abs().amax(-1, keepdim=True).clamp_min(1e-12) / top
+                weight.copy_((weight / scale).round() * scale)
     if layers is not None:
         stack = worse.get_decoder().layers
         if not 2 <= layers <= len(stack):

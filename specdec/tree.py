@@ -69,15 +69,14 @@ class TokenTree:
     def __post_init__(self) -> None:
         _check_nodes(self.tokens, self.parents)
         _check_law(self.tokens, self.law, self.draft_probs)
-        bits: list[int] = []
-        for node, parent in enumerate(self.parents.tolist()):
-            if (parent == -1) != (node == 0) or parent >= node:
+        parents = self.parents.tolist()
+        for node, parent in enumerate(parents):
+            if (parent == -1) != (node == 0) or not -1 <= parent < node:
                 raise ValueError(
                     "parents: expected -1 for node 0 alone and an earlier node for every other, "
                     f"got parent {parent} for node {node}"
                 )
-            bits.append(1 << node | (bits[parent] if node else 0))
-        object.__setattr__(self, "ancestor_bits", tuple(bits))
+        object.__setattr__(self, "ancestor_bits", ancestor_bits(parents))
 
     def __len__(self) -> int:
         return len(self.ancestor_bits)
@@ -108,12 +107,24 @@ class TokenTree:
             return self
         new_index = {old: new for new, old in enumerate(keep)}
         parents = self.parents.tolist()
+        law, probs = self.law, self.draft_probs
+        if isinstance(law, Tensor):
+            law = law[keep]
+            if not bool(law.any()):  # nothing that was drawn is left
+                law, probs = ProposalLaw.DETERMINISTIC, None
         return TokenTree(
             self.tokens[keep],
-            torch.tensor([new_index.get(parents[old], -1) for old in keep]),
-            self.law[keep] if isinstance(self.law, Tensor) else self.law,
-            None if self.draft_probs is None else self.draft_probs[keep],
+            upload([new_index.get(parents[old], -1) for old in keep], self.tokens.device),
+            law,
+            None if probs is None else probs[keep],
         )
+
+    @property
+    def laws(self) -> Tensor:
+        """[N] int8, law of the children of each node."""
+        if isinstance(self.law, Tensor):
+            return self.law
+        return torch.full_like(self.tokens, self.law, dtype=torch.int8)
 
     @classmethod
     def root(cls, token: int) -> TokenTree:
@@ -216,6 +227,14 @@ class TokenTree:
         return cls.from_lists(out_tokens, parents)
 
 
+def ancestor_bits(parents: Sequence[int]) -> tuple[int, ...]:
+    """For every node an integer whose bit j says that node j is an ancestor, itself included."""
+    bits: list[int] = []
+    for node, parent in enumerate(parents):
+        bits.append(1 << node | (bits[parent] if parent >= 0 else 0))
+    return tuple(bits)
+
+
 def _check_nodes(tokens: Tensor, parents: Tensor) -> None:
     for name, tensor in (("tokens", tokens), ("parents", parents)):
         if tensor.dtype != torch.int64:
@@ -291,9 +310,9 @@ class Topology:
         return tuple(depths)
 
     @cached_property
-    def ranks(self) -> tuple[int, ...]:
-        """Place of every node among its siblings, from 0."""
-        return tuple(node - self.parents.index(parent) for node, parent in enumerate(self.parents))
+    def ancestor_bits(self) -> tuple[int, ...]:
+        """One Python integer a node: bit j says that node j is an ancestor, itself included."""
+        return ancestor_bits(self.parents)
 
     @cached_property
     def inner(self) -> frozenset[int]:
@@ -302,9 +321,7 @@ class Topology:
 
     def cut(self, *, depth: int, nodes: int = MAX_NODES) -> Topology:
         """The shape without the nodes below `depth` and those behind the first `nodes`."""
-        kept = [parent for parent, level in zip(self.parents, self.depths, strict=True)]
-        size = min(nodes, sum(level <= depth for level in self.depths))
-        return Topology(tuple(kept[:size]))
+        return Topology(self.parents[: min(nodes, sum(level <= depth for level in self.depths))])
 
     @classmethod
     def chain(cls, nodes: int) -> Topology:
@@ -355,6 +372,7 @@ class TreeBatch:
     laws: Tensor  # [R] int8, law of the children of each node
     draft_probs: Tensor | None  # [R, V] float
     sizes: tuple[int, ...]  # nodes of each tree, known to the host
+    laws_used: frozenset[ProposalLaw]  # all that occur in `laws`, known to the host
     max_depth: int  # an upper bound known to the host
     max_children: int  # an upper bound known to the host
 
@@ -410,8 +428,8 @@ class TreeBatch:
         """Packs trees built on the host and moves them to the device.
 
         Raises:
-            ValueError: a token lies outside the vocabulary, or drawn and chosen trees are mixed so
-                that draft probabilities are missing for some.
+            ValueError: a token lies outside the vocabulary, or draft probabilities do not cover
+                it.
         """
         sizes = tuple(len(tree) for tree in trees)
         tokens = torch.cat([tree.tokens for tree in trees])
@@ -422,27 +440,39 @@ class TreeBatch:
             )
         parents = torch.cat([tree.parents for tree in trees])
         bits = [bits for tree in trees for bits in tree.ancestor_bits]
-        drawn = [tree.draft_probs for tree in trees if tree.draft_probs is not None]
-        if drawn and len(drawn) != len(trees):
-            raise ValueError("draft_probs: expected for every tree of the batch or for none")
-        laws = [
-            tree.law
-            if isinstance(tree.law, Tensor)
-            else torch.full((len(tree),), tree.law, dtype=torch.int8)
-            for tree in trees
-        ]
+        laws = torch.cat([tree.laws for tree in trees])
         families = [Counter(tree.parents.tolist()[1:]) for tree in trees]
         return cls(
             upload(tokens, device),
             upload(parents, device),
             upload([b.bit_count() - 1 for b in bits], device),
             upload(ancestor_words(bits, max(sizes)), device),
-            upload(torch.cat(laws), device),
-            upload(torch.cat(drawn), device) if drawn else None,
+            upload(laws, device),
+            _pack_probs(trees, vocab_size, device),
             sizes,
+            frozenset(ProposalLaw(law) for law in set(laws.tolist())),
             max(b.bit_count() for b in bits) - 1,
             max(max(family.values(), default=0) for family in families),
         )
+
+
+def _pack_probs(
+    trees: Sequence[TokenTree], vocab_size: int, device: torch.device | str
+) -> Tensor | None:
+    """[R, V] draft probabilities; zeros below nodes whose children were chosen."""
+    if all(tree.draft_probs is None for tree in trees):
+        return None
+    for tree in trees:
+        if tree.draft_probs is not None and tree.draft_probs.shape[1] != vocab_size:
+            raise ValueError(
+                f"draft_probs: expected [{len(tree)}, {vocab_size}], "
+                f"got {list(tree.draft_probs.shape)}"
+            )
+    rows = [
+        torch.zeros(len(tree), vocab_size) if tree.draft_probs is None else tree.draft_probs
+        for tree in trees
+    ]
+    return torch.cat([upload(probs.float(), device) for probs in rows])
 
 
 def ancestor_words(bits: Sequence[int], nodes: int) -> Tensor:

@@ -16,9 +16,18 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from specdec.attention import Backend
+from specdec.cache import TreeKVCache
 from specdec.drafting import Drafter
 from specdec.engine import Engine
-from specdec.generation import Call, SpeculativeOutput, Step, prepare, run, stream
+from specdec.generation import (
+    Call,
+    SpeculativeOutput,
+    Step,
+    prepare,
+    run,
+    stop_string_criteria,
+    stream,
+)
 from specdec.support import causal_model, check_length
 from specdec.target import Target
 from specdec.tree import MAX_NODES
@@ -81,7 +90,7 @@ class SpeculativeModel:
     nodes: int
     _target: Target | None
     _target_options: dict[str, Any]
-    _target_key: tuple[torch.device, torch.dtype] | None
+    _target_key: tuple[torch.device, torch.dtype, int] | None
 
     def __init__(
         self,
@@ -104,12 +113,16 @@ class SpeculativeModel:
         self.drafter = _resolve_drafter(drafter, rule)
         self.rule = rule
 
-    def _driven(self) -> Target:
-        """The target, made anew when the model has been moved or cast since."""
-        if self.model is None:
+    def _wrapped(self) -> Any:
+        model = object.__getattribute__(self, "model")
+        if model is None:
             raise RuntimeError("this wrapper was unwrapped; call specdec.wrap again")
-        embeddings: Any = causal_model(self.model).get_input_embeddings()
-        key = (embeddings.weight.device, embeddings.weight.dtype)
+        return model
+
+    def _driven(self) -> Target:
+        """The target, made anew when the model has been moved, cast or resized since."""
+        embeddings: Any = causal_model(self._wrapped()).get_input_embeddings()
+        key = (embeddings.weight.device, embeddings.weight.dtype, len(embeddings.weight))
         if self._target is None or key != self._target_key:
             self._target = Target(self.model, **self._target_options)
             self._target_key = key
@@ -195,11 +208,22 @@ class SpeculativeModel:
         }
         stop_strings = given.pop("stop_strings", None)
         return prepare(
-            causal_model(self.model) if self.model is not None else self._driven().model,
+            causal_model(self._wrapped()),
             inputs,
             stop_strings=stop_strings,
             tokenizer=tokenizer,
             options={name: value for name, value in given.items() if value is not None},
+        )
+
+    @property
+    def cache(self) -> TreeKVCache:
+        """The model's paged cache."""
+        return self._driven().cache
+
+    def without_drafts(self) -> SpeculativeModel:
+        """The same model in the same loop with an empty tree: the baseline to compare with."""
+        return SpeculativeModel(
+            self._wrapped(), "none", rule="auto", nodes=1, **self._target_options
         )
 
     def _engine(self, call: Call) -> Engine:
@@ -225,15 +249,15 @@ class SpeculativeModel:
 
     def unwrap(self) -> Any:
         """Frees the cache and returns the model that was wrapped."""
-        model = self.model
+        model = self._wrapped()
         self.model, self._target = None, None
         return model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        return self._wrapped()(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(object.__getattribute__(self, "model"), name)
+        value = getattr(self._wrapped(), name)
         if name not in FLUENT:
             return value
 
@@ -247,7 +271,7 @@ class SpeculativeModel:
         if name in OWN:
             object.__setattr__(self, name, value)
         else:
-            setattr(self.model, name, value)
+            setattr(self._wrapped(), name, value)
 
     def __repr__(self) -> str:
         return (
@@ -261,6 +285,7 @@ class Generate:
 
     `with_` sets what transformers cannot hand over: it drops `streamer`, `tokenizer` and
     `assistant_model` on the way to a custom function, and refuses arguments it does not know.
+    `stop_strings`, which need a tokenizer, therefore go to `with_` too.
     """
 
     def __init__(
@@ -268,12 +293,15 @@ class Generate:
         drafter: str | Drafter | PreTrainedModel = "ngram",
         *,
         streamer: BaseStreamer | None = None,
+        stop_strings: str | list[str] | None = None,
+        tokenizer: Any = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         **wrap_options: Any,
     ) -> None:
         self._drafter = drafter
         self._streamer = streamer
+        self._criteria = stop_string_criteria(stop_strings, tokenizer)
         self._seed = seed
         self._generator = generator
         self._wrap_options = wrap_options
@@ -284,6 +312,8 @@ class Generate:
         drafter: str | Drafter | PreTrainedModel = "ngram",
         *,
         streamer: BaseStreamer | None = None,
+        stop_strings: str | list[str] | None = None,
+        tokenizer: Any = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         **wrap_options: Any,
@@ -292,7 +322,15 @@ class Generate:
 
         Keep the result to use it again: it keeps the model's cache for the next call.
         """
-        return Generate(drafter, streamer=streamer, seed=seed, generator=generator, **wrap_options)
+        return Generate(
+            drafter,
+            streamer=streamer,
+            stop_strings=stop_strings,
+            tokenizer=tokenizer,
+            seed=seed,
+            generator=generator,
+            **wrap_options,
+        )
 
     def __call__(
         self,
@@ -305,7 +343,11 @@ class Generate:
     ) -> Tensor | SpeculativeOutput:
         """Called by transformers with everything prepared."""
         call = Call.from_transformers(
-            input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+            input_ids,
+            logits_processor,
+            [*stopping_criteria, *self._criteria],
+            generation_config,
+            model_kwargs,
         )
         wrapped = self._wrapped
         if wrapped is None or wrapped.model is not model:

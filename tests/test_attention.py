@@ -218,3 +218,26 @@ def test_wrong_arguments_are_named() -> None:
     case.query = torch.randn(3, 6, 32).double()
     with pytest.raises(ValueError, match=r"the plan has \d+ rows, got 3"):
         case.run("auto")
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_padding_rows_see_themselves_and_change_nothing(backend: Backend) -> None:
+    case = Case(dtype=torch.float32)
+    before = case.run(backend)
+    batch, pads = case.batch, 3
+    own = torch.zeros(pads, batch.ancestors.shape[1], dtype=torch.int32)
+    own[:, 0] = torch.tensor([1, 2, 4])
+    plan = case.lease.plan(
+        torch.cat([batch.tree, torch.full((pads,), -1)]),
+        torch.cat([batch.nodes, torch.arange(pads)]),
+        torch.cat([batch.depths, torch.zeros(pads, dtype=torch.int64)]),
+        torch.cat([batch.ancestors, own]),
+    )
+    assert plan.slots[-pads:].tolist() == [0, 1, 2], "in the trash page"
+    values = case.pages.values.flatten(0, 1)
+    case.pages.keys.flatten(0, 1)[:pads] = torch.randn(pads, 2, 32)
+    values[:pads] = torch.randn(pads, 2, 32)
+    case.query = torch.cat([case.query, torch.randn(pads, 6, 32)])
+    out = case.run(backend, plan)
+    assert torch.equal(out[:-pads], before)
+    assert torch.equal(out[-pads:], values[:pads].repeat_interleave(3, 1))

@@ -1,5 +1,7 @@
 """The paged cache against a plain dictionary, and speculation as a transaction."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import settings
@@ -9,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from specdec.cache import NULL_SEQUENCE, Speculation, TreeKVCache
 from specdec.kernels import cache as kernels
 from specdec.pages import LayerShape, OutOfPages, PagePool
+from specdec.transfer import upload
 from specdec.tree import TokenTree, TreeBatch
 
 CPU = torch.device("cpu")
@@ -79,7 +82,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         sequence = data.draw(st.sampled_from(sorted(self.model)))
-        pages = list(self.cache._pages[sequence])
+        pages = list(self.cache._sequences[sequence].pages)
         self.cache.release(sequence)
         for group in self.cache.pool.groups:  # whatever is read from freed pages shows
             group.keys[:, pages] = torch.nan
@@ -216,10 +219,83 @@ def test_the_bound_of_a_length_may_be_settled_late() -> None:
     assert cache.length_bound(sequence) == int(cache.lengths[sequence]) == 4
 
 
+def test_a_lease_never_acts_on_a_sequence_that_took_its_number() -> None:
+    cache = new_cache()
+    old = cache.admit()
+    lease = cache.speculate([old], [5])
+    late = cache.speculate([cache.admit()], [5])
+    late.commit(torch.tensor([[0, 1, 2, 3]]))
+    cache.release(old)
+    cache.release(2)
+    first, second = cache.admit(), cache.admit()
+    assert (first, second) == (1, 2)
+    with cache.speculate([first, second], [8, 8]) as new:
+        new.commit()
+    assert not lease.open
+    with pytest.raises(RuntimeError, match="already committed or rolled back"):
+        lease.commit()
+    late.settle([1])
+    assert cache.length_bound(second) == 8
+    cache.check_integrity()
+    with pytest.raises(RuntimeError, match="settle: expected once"):
+        late.settle([1])
+    with pytest.raises(ValueError, match="kept: expected 0 to 8 rows, got 9"):
+        new.settle([9, 9])
+
+
+@pytest.mark.parametrize("fail_at", range(4))
+def test_a_failure_while_reserving_reserves_nothing(
+    monkeypatch: pytest.MonkeyPatch, fail_at: int
+) -> None:
+    cache = new_cache()
+    sequences = [cache.admit(), cache.admit()]
+    calls = 0
+
+    def failing(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > fail_at:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", failing(torch.cat))
+        patch.setattr("specdec.cache.upload", failing(upload))
+        with pytest.raises(KeyboardInterrupt):
+            cache.speculate(sequences, [30, 30])
+    cache.check_integrity()
+    with cache.speculate(sequences, [30, 30]) as lease:
+        lease.commit()
+    cache.check_integrity()
+
+
+def test_pages_are_not_freed_twice() -> None:
+    pool = new_cache().pool
+    pages = pool.allocate(1)
+    pool.free(pages)
+    with pytest.raises(RuntimeError, match="page 1 is freed but not owned"):
+        pool.free(pages)
+
+
 def test_padding_rows_live_in_the_trash_page() -> None:
     cache = new_cache(page_size=4)
     slots = cache.slots(torch.tensor([NULL_SEQUENCE] * 6), torch.arange(6))
     assert slots.tolist() == [0, 1, 2, 3, 0, 1]
+
+
+def test_a_shared_page_stays_until_its_last_owner_lets_go() -> None:
+    pool = new_cache().pool
+    pages = pool.allocate(2)
+    pool.share(pages[:1])
+    pool.check_integrity([pages, pages[:1]])
+    pool.free(pages)
+    pool.check_integrity([pages[:1]])
+    assert pool.allocate(1) == pages[1:]
+    pool.free(pages)
+    pool.check_integrity([])
 
 
 def test_integrity_finds_a_leaked_page() -> None:
@@ -227,7 +303,7 @@ def test_integrity_finds_a_leaked_page() -> None:
     sequence = cache.admit()
     with cache.speculate([sequence], [4]) as lease:
         lease.commit()
-    cache._pages[sequence].pop()
+    cache._sequences[sequence].pages.pop()
     with pytest.raises(RuntimeError, match="owned 0 times but has 1 references"):
         cache.check_integrity()
 

@@ -210,14 +210,14 @@ def test_stream_yields_steps_and_may_be_left_early(model: Any, prompts: Tensor) 
     assert rows == expected[:, 8:].tolist()
     steps = wrapped.stream(prompts, max_new_tokens=20, do_sample=False)
     next(steps)
-    assert wrapped._driven().cache.sequences
+    assert wrapped.cache.sequences
     del steps
     gc.collect()
     assert_nothing_left(wrapped)
 
 
 def assert_nothing_left(wrapped: SpeculativeModel) -> None:
-    caches = [wrapped._driven().cache]
+    caches = [wrapped.cache]
     if isinstance(wrapped.drafter, DraftModel):
         caches.append(wrapped.drafter._target.cache)
     for cache in caches:
@@ -393,10 +393,10 @@ def test_training_mode_is_refused_and_the_model_stays_the_users(
 
 def test_a_model_that_was_cast_after_wrapping_gets_a_new_cache(prompts: Tensor) -> None:
     wrapped: Any = specdec.wrap(tiny_model("Llama"), "none")
-    assert wrapped._driven().cache.pool.layers[0].dtype == torch.float32
+    assert wrapped.cache.pool.layers[0].dtype == torch.float32
     assert wrapped.to(torch.bfloat16) is wrapped
     wrapped.generate(prompts, max_new_tokens=4)
-    assert wrapped._driven().cache.pool.layers[0].dtype == torch.bfloat16
+    assert wrapped.cache.pool.layers[0].dtype == torch.bfloat16
 
 
 def test_peft_adapters_are_used(model: Any, prompts: Tensor) -> None:

@@ -43,7 +43,7 @@ def test_greedy_tokens_equal_those_of_transformers(name: str) -> None:
     for drafter in drafters:
         wrapped: Any = specdec.wrap(model, drafter, nodes=24)
         check(model, wrapped.generate(prompts, **GREEDY), expected)
-        wrapped._driven().cache.check_integrity()
+        wrapped.cache.check_integrity()
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -84,3 +84,22 @@ def test_a_step_commits_without_waiting_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert cache.lengths[sequences].tolist() == [6, 3]
     cache.check_integrity()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "GptOss"])
+def test_layers_on_two_devices_keep_their_keys_there(name: str) -> None:
+    from accelerate import dispatch_model
+
+    model: Any = tiny_model(name, num_hidden_layers=4)
+    prompts = torch.randint(1, VOCAB, (3, 9)).cuda()
+    device_map = {"model.embed_tokens": 0, "model.norm": 1, "model.rotary_emb": 0, "lm_head": 1}
+    device_map |= {f"model.layers.{layer}": layer // 2 for layer in range(4)}
+    model = dispatch_model(model, device_map)
+    expected = model.generate(prompts, attention_mask=torch.ones_like(prompts), **GREEDY)
+    oracle = OracleDrafter(expected.tolist(), corrupt=0.3, vocab_size=VOCAB)
+    for drafter in (RandomDrafter(VOCAB), oracle):
+        wrapped: Any = specdec.wrap(model, drafter, nodes=24)
+        assert len(wrapped.cache.pool.groups) == 2
+        check(model, wrapped.generate(prompts, **GREEDY), expected)
+        wrapped.cache.check_integrity()

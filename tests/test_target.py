@@ -56,7 +56,7 @@ def test_greedy_tokens_equal_those_of_transformers(name: str) -> None:
         assert_same_greedy(model, out.sequences, expected, 9)
         if isinstance(drafter, OracleDrafter):
             assert out.stats.tokens_per_step > 2
-        cache = wrapped._driven().cache
+        cache = wrapped.cache
         cache.check_integrity()
         assert not cache.sequences
         assert cache.pool.num_free == cache.pool.num_pages
@@ -185,7 +185,7 @@ def test_an_exception_in_the_model_leaves_nothing_behind() -> None:
         greedy(wrapped, prompts, 8)
     hook.remove()
     assert model.config._attn_implementation == before
-    cache = wrapped._driven().cache
+    cache = wrapped.cache
     cache.check_integrity()
     assert not cache.sequences
     assert torch.equal(greedy(wrapped, prompts, 8), expected)

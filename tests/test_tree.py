@@ -110,12 +110,25 @@ def test_cut_keeps_law_and_probabilities() -> None:
     assert torch.equal(cut.draft_probs, probs[[0, 1, 3]])
 
 
+def test_drawn_and_chosen_trees_and_groups_may_be_mixed() -> None:
+    """The law belongs to each group of siblings; a cut may leave nothing that was drawn."""
+    law = torch.tensor([ProposalLaw.DETERMINISTIC, ProposalLaw.IID, 0], dtype=torch.int8)
+    mixed = TokenTree(torch.tensor([5, 1, 2]), torch.tensor([-1, 0, 1]), law, torch.rand(3, 9))
+    packed = TreeBatch.pack([mixed, TokenTree.root(3)], vocab_size=9)
+    assert packed.laws.tolist() == [0, 1, 0, 0]
+    assert packed.laws_used == {ProposalLaw.DETERMINISTIC, ProposalLaw.IID}
+    assert packed.draft_probs is not None
+    assert not packed.draft_probs[3].any()
+    bare = mixed.cut(depth=0)
+    assert bare.draft_probs is None
+    assert TreeBatch.pack([bare], vocab_size=9).laws_used == {ProposalLaw.DETERMINISTIC}
+
+
 def test_topologies() -> None:
     assert Topology.chain(3).parents == (-1, 0, 1)
     assert Topology.branching([2, 2]).parents == (-1, 0, 0, 1, 1, 2, 2)
     fading = Topology.fading(16)
     assert len(fading) == 16
-    assert fading.ranks[1] == 0
     assert fading.cut(depth=1).depths[-1] == 1
     assert fading.cut(depth=9, nodes=5).parents == fading.parents[:5]
 
@@ -155,8 +168,8 @@ def test_wrong_dtypes_laws_and_vocabularies_are_refused() -> None:
     with pytest.raises(ValueError, match="vocabulary size 3, got 3"):
         TreeBatch.pack([TokenTree.root(3)], vocab_size=3)
     drawn = TokenTree(root, top, ProposalLaw.IID, torch.rand(1, 9))
-    with pytest.raises(ValueError, match="every tree of the batch or for none"):
-        TreeBatch.pack([drawn, TokenTree.root(3)], vocab_size=9)
+    with pytest.raises(ValueError, match=r"draft_probs: expected \[1, 7\], got \[1, 9\]"):
+        TreeBatch.pack([drawn], vocab_size=7)
     with pytest.raises(ValueError, match="orphan"):
         TokenTree.from_choices(7, [(0, 1)], [[1], [2, 3]])
     with pytest.raises(ValueError, match="level order"):
