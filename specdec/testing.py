@@ -26,6 +26,7 @@ TINY: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": 0,
+    "tie_word_embeddings": False,
 }
 _EXPERTS = {"num_experts_per_tok": 2, "head_dim": 16}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -36,8 +37,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen3Moe": {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 32},
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "Phi3": {},
-    "Gemma2": {"head_dim": 16, "sliding_window": 7},  # soft cap, alternating windows
-    "Gemma3Text": {"head_dim": 16, "sliding_window": 7},
+    "Gemma2": {"head_dim": 16, "sliding_window": 7, "attn_logit_softcapping": 1.0},
+    "Gemma3Text": {
+        "head_dim": 16,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "Olmo2": {},
     "Granite": {},
     "Cohere2": {"sliding_window": 7, "num_hidden_layers": 4},
@@ -50,7 +55,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def tiny_model(name: str, **changes: Any) -> PreTrainedModel:
     """A random model of a few thousand weights with a vocabulary of 97.
 
-    Its logits are far enough apart that greedy decoding is well defined, and no weight is zero.
+    Every part matters to what it generates - attention, windows, caps, sinks, biases - and its
+    logits are far enough apart that greedy decoding is well defined.
 
     Args:
         name: a key of `ARCHITECTURES`, or any other causal model of transformers.
@@ -64,11 +70,16 @@ def tiny_model(name: str, **changes: Any) -> PreTrainedModel:
     config = getattr(transformers, f"{name}Config")(**options)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.mul_(4)
+        for part, weight in model.named_parameters():
+            if "embed" in part or "wte" in part:
+                weight.normal_()
+            elif weight.ndim > 1:
+                gain = 6.0 if weight is model.get_output_embeddings().weight else 2.0
+                weight.normal_(std=gain * weight.shape[-1] ** -0.5)
+            elif "sinks" in part:
+                weight.normal_()
             elif not weight.any():
-                weight.normal_()  # biases and sinks start at zero, where mistakes would not show
+                weight.normal_(std=0.1)  # biases start at zero, where mistakes would not show
     assert isinstance(model, PreTrainedModel)
     return model
 

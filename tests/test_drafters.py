@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -116,6 +117,40 @@ def test_a_draft_model_with_another_vocabulary_is_refused() -> None:
     wrapped: Any = specdec.wrap(model, tiny_model("Llama"))
     with pytest.raises(ValueError, match=r"draft model: its vocabulary of 97 .* target's 5000"):
         wrapped.generate(torch.randint(1, 97, (1, 7)), max_new_tokens=4)
+
+
+def test_a_draft_model_may_have_a_shorter_memory_than_the_target() -> None:
+    """GPT-2's positions are learned: one behind the last would be an error."""
+    model: Any = tiny_model("GPT2")
+    small = tiny_model("GPT2", n_positions=40)
+    prompts = torch.randint(1, VOCAB, (3, 30))
+    expected = model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=226, do_sample=False
+    )
+    for draft in (model, small):
+        wrapped: Any = specdec.wrap(model, DraftModel(draft, Topology.branching([2, 1, 1, 1])))
+        out = wrapped.generate(prompts, max_new_tokens=226, do_sample=False)
+        assert torch.equal(out, expected)
+
+
+def test_one_draft_model_serves_several_runs_at_once() -> None:
+    model: Any = tiny_model("Llama")
+    drafter = DraftModel(small_model(), Topology.chain(4))
+    wrappers: list[Any] = [specdec.wrap(model, drafter), specdec.wrap(model, drafter)]
+    prompts = [torch.randint(1, VOCAB, (2, 7)) for _ in range(3)]
+    streams = [
+        wrappers[index % 2].stream(prompt, max_new_tokens=30, do_sample=False)
+        for index, prompt in enumerate(prompts)
+    ]
+    texts: list[dict[int, list[int]]] = [{0: [], 1: []} for _ in prompts]
+    for steps in itertools.zip_longest(*streams):
+        for text, step in zip(texts, steps, strict=True):
+            for row, tokens in (step.tokens if step else {}).items():
+                text[row] += tokens
+    for prompt, text in zip(prompts, texts, strict=True):
+        expected = model.generate(prompt, max_new_tokens=30, do_sample=False)[:, 7:]
+        assert [text[0], text[1]] == expected.tolist()
+    assert not drafter._target.cache.sequences
 
 
 def test_degraded_copies_are_worse_in_a_known_way() -> None:

@@ -23,8 +23,9 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import specdec
-from specdec import OutOfPages, SequenceDrafter, SpeculativeModel, TokenTree
+from specdec import OutOfPages, ProposalLaw, SequenceDrafter, SpeculativeModel, TokenTree
 from specdec.drafters import DraftModel
+from specdec.generation import SpeculativeOutput
 from specdec.testing import TINY, OracleDrafter, RandomDrafter, degraded, tiny_model
 
 VOCAB = TINY["vocab_size"]
@@ -143,6 +144,35 @@ def test_num_return_sequences_and_seeds(model: Any, prompts: Tensor) -> None:
     assert torch.equal(torch.get_rng_state(), state), "greedy decoding draws nothing"
 
 
+def test_statistics_end_where_the_text_ends(model: Any, prompts: Tensor) -> None:
+    prompt = prompts[:1]
+    full = greedy(model, prompt, 30)
+    eos = int(full[0, 8 + 2])
+    text = OracleDrafter(full.tolist(), corrupt=0.0, vocab_size=VOCAB)
+    out = specdec.wrap(model, text, nodes=30).generate(
+        prompt, max_new_tokens=30, do_sample=False, eos_token_id=eos, return_dict_in_generate=True
+    )
+    assert isinstance(out, SpeculativeOutput)
+    assert out.stats is not None
+    assert out.stats.tokens == out.stats.accepted <= 3
+    assert max(out.stats.accepted_at) == out.stats.tokens
+
+
+def test_criteria_may_return_a_plain_bool(model: Any, prompts: Tensor) -> None:
+    stop: Any = [lambda ids, scores, **_: ids.shape[1] >= 12]
+    out = wrap(model, prompts).generate(prompts, max_new_tokens=30, stopping_criteria=stop)
+    assert out.shape == (3, 12)
+
+
+def test_any_integer_is_a_seed(model: Any, prompts: Tensor) -> None:
+    wrapped: Any = specdec.wrap(model)
+    for seed in (-1, 0, 2**63, 2**80):
+        options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 4, "seed": seed}
+        assert torch.equal(
+            wrapped.generate(prompts, **options), wrapped.generate(prompts, **options)
+        )
+
+
 def test_generation_config_and_model_defaults_apply(model: Any, prompts: Tensor) -> None:
     config = GenerationConfig(max_new_tokens=9, do_sample=False, eos_token_id=5, pad_token_id=0)
     expected = model.generate(prompts, generation_config=config)
@@ -163,7 +193,8 @@ def test_return_dict_has_statistics(model: Any, prompts: Tensor) -> None:
     assert stats.tokens == 90
     assert stats.tokens_per_step == stats.tokens / stats.steps > 2
     assert stats.accepted == sum(stats.accepted_at.values())
-    assert stats.reached[1] == stats.steps - 3 or stats.reached[1] <= stats.steps
+    assert 0 < stats.reached[1] <= stats.steps
+    assert stats.tokens <= stats.accepted + stats.steps
     assert all(0 <= rate <= 1 for rate in stats.acceptance_by_depth.values())
     assert 0 < sum(stats.seconds[phase] for phase in specdec.stats.PHASES) <= stats.seconds["total"]
     twice = stats + stats
@@ -289,6 +320,25 @@ def test_a_malformed_proposal_is_named_and_leaves_nothing_behind(
         assert_nothing_left(wrapped)
 
 
+def test_trees_that_are_not_what_the_drafter_declares_are_refused(
+    model: Any, prompts: Tensor
+) -> None:
+    class Liar(SequenceDrafter):
+        law = ProposalLaw.IID
+
+        def draft(self, tokens: Sequence[int], nodes: int) -> TokenTree:
+            root, parent = torch.tensor([tokens[-1], 3]), torch.tensor([-1, 0])
+            probs = torch.full((2, VOCAB), 1 / VOCAB)
+            return TokenTree(root, parent, ProposalLaw.WITHOUT_REPLACEMENT, probs)
+
+    wrapped: Any = specdec.wrap(model, Liar())
+    with pytest.raises(ValueError, match="'multi-round' is not lossless for without_replacement"):
+        wrapped.generate(prompts, max_new_tokens=20, do_sample=True)
+    assert_nothing_left(wrapped)
+    expected = greedy(model, prompts, 20)
+    assert torch.equal(greedy(wrapped, prompts, 20), expected), "greedy is lossless for any law"
+
+
 def test_custom_generate_runs_inside_the_models_own_generate(model: Any, prompts: Tensor) -> None:
     inputs = left_padded(prompts)
     options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
@@ -387,8 +437,9 @@ def test_training_mode_is_refused_and_the_model_stays_the_users(
     assert all(torch.equal(before[name], weight) for name, weight in again.named_parameters())
     assert again.config._attn_implementation == trainable.config._attn_implementation
     assert wrapped.unwrap() is trainable
-    with pytest.raises(RuntimeError, match="unwrapped"):
-        wrapped.generate(prompts)
+    for use in (lambda: wrapped.generate(prompts), lambda: wrapped(prompts), wrapped.unwrap):
+        with pytest.raises(RuntimeError, match="this wrapper was unwrapped"):
+            use()
 
 
 def test_a_model_that_was_cast_after_wrapping_gets_a_new_cache(prompts: Tensor) -> None:
@@ -432,6 +483,8 @@ class TestRealModel:
         expected = model.generate(**inputs, **options, **stop)
         assert torch.equal(wrapped.generate(**inputs, **options, **stop), expected)
         assert tokenizer.decode(expected[0]).endswith("five")
+        custom = specdec.generate.with_(**stop)
+        assert torch.equal(model.generate(**inputs, **options, custom_generate=custom), expected)
 
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
         out = wrapped.generate(**inputs, **options, streamer=streamer)
