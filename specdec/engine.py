@@ -172,11 +172,10 @@ class Engine:
         last_positions = upload(
             [request.prompt_length + request.max_new_tokens - 1 for request in requests], device
         )
-        with watch.phase("verify"):
-            scored = self.target.speculate(sequences, trees, last_positions=last_positions)
-        with scored:
-            with watch.phase("accept"):
+        with self.target.speculate(sequences, trees, last_positions=last_positions) as scored:
+            with watch.phase("forward"):
                 logits = scored.logits
+            with watch.phase("accept"):
                 target = self.sampler.probs(logits) if self.rule.samples else logits
                 outcome = self.rule.verify(trees, target, Noise(seeds, scored.lengths + 1))
             with watch.phase("commit"):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from rich.table import Table
 
-PHASES = ("prefill", "draft", "verify", "accept", "commit")
+PHASES = ("prefill", "draft", "forward", "accept", "commit")
 
 
 @dataclass
@@ -75,10 +75,10 @@ class GenerationStats:
 
     @property
     def loop_overhead(self) -> float:
-        """Time around the target's forward - draft, accept, commit, host - over its own time."""
-        verify = self.seconds.get("verify", 0.0)
-        around = self.seconds.get("total", 0.0) - self.seconds.get("prefill", 0.0) - verify
-        return around / verify if verify else 0.0
+        """Time around the target's forwards - draft, plan, accept, commit, host - over theirs."""
+        forward = self.seconds.get("forward", 0.0)
+        around = self.seconds.get("total", 0.0) - self.seconds.get("prefill", 0.0) - forward
+        return around / forward if forward else 0.0
 
     def add_step(self, *, drafted: int, accepted: int, continued: bool, tokens: int) -> None:
         """Counts one sequence's part of a step."""

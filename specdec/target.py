@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -303,7 +304,7 @@ class Target:
     def speculate(
         self, sequences: Sequence[int], trees: TreeBatch, *, last_positions: Tensor | None = None
     ) -> Scored:
-        """Scores one tree for each sequence in one pass of the model.
+        """Leases room for one tree for each sequence, to be scored in one pass of the model.
 
         Use as `with target.speculate(...) as scored`: leaving without a commit rolls back.
 
@@ -312,41 +313,46 @@ class Target:
             trees: on the target's device.
             last_positions: [B] int64, the last position each request may fill. Deeper nodes cannot
                 matter; their positions are held there, within what the model can embed.
+
+        Raises:
+            OutOfPages: nothing was leased.
         """
         lease = self.cache.speculate(sequences, trees.sizes)
-        try:
-            lengths = lease.lengths
-            plan = lease.plan_trees(trees)
-            if last_positions is not None:
-                plan = plan.held(last_positions[trees.tree])
-            return Scored(self.forward(trees.tokens, plan), lengths, lease)
-        except BaseException:
-            lease.rollback()
-            raise
+        plan = lease.plan_trees(trees)
+        if last_positions is not None:
+            plan = plan.held(last_positions[trees.tree])
+        return Scored(self, trees, plan, lease)
 
 
-@dataclass(frozen=True, eq=False)
 class Scored:
-    """Trees that the target has scored; open until committed or rolled back."""
+    """Trees that the target scores; open until committed or rolled back."""
 
-    logits: Tensor  # [R, V]
-    lengths: Tensor  # [B] int64, committed lengths before this step: the roots' positions
-    lease: Speculation
+    def __init__(
+        self, target: Target, trees: TreeBatch, plan: AttentionPlan, lease: Speculation
+    ) -> None:
+        self._target, self._trees, self._plan, self._lease = target, trees, plan, lease
+        self.lengths = lease.lengths
+        """[B] int64, committed lengths before this step: the roots' positions."""
 
     def __enter__(self) -> Scored:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.lease.open:
-            self.lease.rollback()
+        if self._lease.open:
+            self._lease.rollback()
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """[R, V], behind every node; the pass of the model runs when they are first asked for."""
+        return self._target.forward(self._trees.tokens, self._plan)
 
     def commit(self, paths: Tensor) -> None:
         """Keeps the nodes on `paths` [B, D] (-1 behind the last) and forgets the others."""
-        self.lease.commit(paths)
+        self._lease.commit(paths)
 
     def settle(self, kept: Sequence[int]) -> None:
         """Tells the cache how many nodes of each path were kept, once the host knows."""
-        self.lease.settle(kept)
+        self._lease.settle(kept)
 
 
 def _chunks(lengths: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
