@@ -69,10 +69,11 @@ class TreeKVCache:
         number = next(s for s in range(1, len(self._sequences) + 2) if s not in self._sequences)
         if number >= len(self.lengths):
             extra = max(number + 1 - len(self.lengths), len(self.lengths))
-            self.lengths = torch.cat([self.lengths, self.lengths.new_zeros(extra)])
-            width = self.page_table.shape[1]
-            rows = self.page_table.new_full((extra, width), TRASH_PAGE)
-            self.page_table = torch.cat([self.page_table, rows])
+            rows = self.page_table.new_full((extra, self.page_table.shape[1]), TRASH_PAGE)
+            self.lengths, self.page_table = (
+                torch.cat([self.lengths, self.lengths.new_zeros(extra)]),
+                torch.cat([self.page_table, rows]),
+            )
         self._sequences[number] = _Sequence(number)
         return number
 
@@ -320,6 +321,6 @@ class Speculation:
             raise RuntimeError("this speculation is already committed or rolled back")
 
     def _close(self) -> None:
-        self.open = False
         for member in self._members:
             member.lease = None
+        self.open = False

@@ -71,6 +71,8 @@ class SequenceDrafter(Drafter):
         for tokens, depth in zip(context.tokens, context.max_depths, strict=True):
             tree = self.draft(tokens, nodes)
             name = type(self).__name__
+            if not isinstance(tree, TokenTree):
+                raise TypeError(f"{name}.draft: expected a TokenTree, got {type(tree).__name__}")
             if len(tree) > nodes:
                 raise ValueError(f"{name}.draft: expected at most {nodes} nodes, got {len(tree)}")
             if int(tree.tokens[0]) != tokens[-1]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -114,10 +115,10 @@ class Engine:
         """
         watch = Stopwatch(self.target.device, self.stats.seconds)
         try:
-            with self.target.lock, watch.host("total"), watch.phase("prefill"):
+            with self._turn(), watch.host("total"), watch.phase("prefill"):
                 self._begin(requests)
             while running := [request for request in requests if not request.finished]:
-                with self.target.lock, watch.host("total"):
+                with self._turn(), watch.host("total"):
                     emissions = self._step(running, watch)
                 yield emissions
                 self._end([request for request in running if request.finished])
@@ -125,7 +126,12 @@ class Engine:
             self._end(requests)
             watch.read()
 
-    @torch.no_grad()
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One thread at a time, and ordinary tensors: the cache outlives an inference mode."""
+        with self.target.lock, torch.inference_mode(False), torch.no_grad():
+            yield
+
     def _begin(self, requests: Sequence[Request]) -> None:
         cache, device = self.target.cache, self.target.device
         for request in requests:
@@ -140,7 +146,7 @@ class Engine:
 
     def _end(self, requests: Sequence[Request]) -> None:
         running = [request for request in requests if request.sequence >= 0]
-        with self.target.lock:
+        with self._turn():
             try:
                 self.drafter.end([request.number for request in running])
             finally:
@@ -148,7 +154,6 @@ class Engine:
                     self.target.cache.release(request.sequence)
                     request.sequence = -1
 
-    @torch.no_grad()
     def _step(self, requests: Sequence[Request], watch: Stopwatch) -> list[Emission]:
         device = self.target.device
         sequences = tuple(request.sequence for request in requests)
@@ -156,7 +161,7 @@ class Engine:
         numbers = tuple(request.number for request in requests)
         context = DraftContext(
             sequences=numbers,
-            tokens=tuple(request.tokens for request in requests),
+            tokens=tuple(tuple(request.tokens) for request in requests),
             max_depths=tuple(
                 max(0, request.prompt_length + request.max_new_tokens - len(request.tokens) - 1)
                 for request in requests
@@ -181,17 +186,19 @@ class Engine:
             with watch.phase("commit"):
                 scored.commit(outcome.paths)
         paths, tokens, continued = _read(trees, outcome)
+        self._check_outcome(requests, paths, tokens)
         scored.settle([len(path) for path in paths])
-        self.drafter.observe(Observation(numbers, trees, paths, tokens))
+        new = tuple(line[1:] for line in tokens)
+        self.drafter.observe(Observation(numbers, trees, paths, new))
         emissions = []
         for index, request in enumerate(requests):
-            taken = request.emit(tokens[index])
+            taken = request.emit(new[index])
             accepted = min(len(paths[index]) - 1, len(taken))
             emission = Emission(request, taken, trees.sizes[index] - 1, accepted)
             self.stats.add_step(
                 drafted=emission.drafted,
                 accepted=emission.accepted,
-                continued=continued[index] and len(taken) == len(tokens[index]),
+                continued=continued[index] and len(taken) == len(new[index]),
                 tokens=len(taken),
             )
             emissions.append(emission)
@@ -218,11 +225,37 @@ class Engine:
                 f"{name}.propose: expected trees on {self.target.device}, got {trees.device}"
             )
 
+    def _check_outcome(
+        self,
+        requests: Sequence[Request],
+        paths: Sequence[Sequence[int]],
+        tokens: Sequence[Sequence[int]],
+    ) -> None:
+        """Checks on the host what could not be checked before without waiting for the device."""
+        name = type(self.drafter).__name__
+        for index, request in enumerate(requests):
+            root, token = tokens[index][0], tokens[index][-1]
+            if root != request.tokens[-1]:
+                raise ValueError(
+                    f"{name}.propose: expected the root of tree {index} to be the last known "
+                    f"token {request.tokens[-1]}, got {root}"
+                )
+            if not 0 <= token < self.target.vocab_size:
+                raise ValueError(
+                    f"request {index}: no token could be drawn after {len(paths[index]) - 1} "
+                    "accepted nodes; its logits hold NaN or infinity, or the sampling options "
+                    "leave no token"
+                )
+
 
 def _read(
     trees: TreeBatch, outcome: Outcome
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...], list[bool]]:
-    """Brings an outcome to the host: one copy, the only time a step waits for the device."""
+    """Brings an outcome to the host: one copy, the only time a step waits for the device.
+
+    Returns for each tree the nodes of its path, their tokens and the next token, and whether the
+    last node had children. Paths and tokens begin with the root.
+    """
     rows = trees.offsets[:, None] + outcome.paths.clamp_min(0)
     packed = torch.cat(
         [
@@ -238,6 +271,6 @@ def _read(
     for line in packed.tolist():
         path = tuple(node for node in line[:width] if node >= 0)
         paths.append(path)
-        tokens.append((*line[width + 1 : width + len(path)], line[2 * width]))
+        tokens.append((*line[width : width + len(path)], line[2 * width]))
         continued.append(bool(line[2 * width + 1]))
     return tuple(paths), tuple(tokens), continued

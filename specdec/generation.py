@@ -7,7 +7,7 @@ every option means what it means there, and one that is not supported is refused
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,7 @@ ALTERNATIVES = {
     "past_key_values": "pass the whole text as input_ids; the cache is specdec's own",
     "position_ids": "positions follow from attention_mask",
     "prompt_lookup_num_tokens": "use drafter='ngram'",
+    "streamer": "what stream() yields is the stream",
     "synced_gpus": "run one process per model replica",
     "token_healing": "heal the prompt before the call",
 }
@@ -99,6 +100,9 @@ def refuse(name: str, value: object) -> NotImplementedError:
     """The error for an option that is not supported."""
     shown = repr(value) if isinstance(value, (bool, int, float, str)) else type(value).__name__
     alternative = ALTERNATIVES.get(name)
+    if alternative is None and name in NEUTRAL_VALUES:
+        alternative = f"pass {name}={NEUTRAL_VALUES[name]} to do without"
+        return NotImplementedError(f"{name}={shown} is not supported yet: {alternative}")
     return NotImplementedError(
         f"{name}={shown} is not supported" + (f": {alternative}" if alternative else " yet")
     )
@@ -167,40 +171,71 @@ class Call:
 
     def requests(self, seed: int) -> list[Request]:
         """One request for each row, without its padding."""
-        others = [
-            c for c in self.criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))
-        ]
-        eos, width = self.eos_tokens, self.input_ids.shape[1]
-        seeds = split_seeds(seed, len(self.input_ids)).tolist()
+        stopping = _Stopping(self)
+        width = self.input_ids.shape[1]
+        # transformers asks its criteria after a token: there is always one.
+        new = max(1, self.max_length - width)
         requests = []
-        for row, row_seed in enumerate(seeds):
-            ids = self.input_ids[row]
-            padding = (
-                0 if self.attention_mask is None else int((self.attention_mask[row] == 0).sum())
-            )
-            pads = ids[:padding].tolist()
-
-            def stops(request: Request, pads: list[int] = pads) -> bool:
-                if request.tokens[-1] in eos:
-                    return True
-                if not others:
-                    return False
-                text = torch.tensor([pads + request.tokens], device=self.input_ids.device)
-                # transformers hands over its scores here; without output_scores there are none.
-                return any(bool(torch.as_tensor(end(text, None)).any()) for end in others)
-
-            requests.append(
-                Request(ids[padding:].tolist(), self.max_length - width, row_seed, stops)
-            )
+        for row, row_seed in enumerate(split_seeds(seed, len(self.input_ids)).tolist()):
+            mask = self.attention_mask
+            padding = 0 if mask is None else int((mask[row] == 0).sum())
+            text = self.input_ids[row, padding:].tolist()
+            requests.append(Request(text, new, row_seed, stopping.of_row(row)))
         return requests
 
     def sequences(self, requests: Sequence[Request]) -> Tensor:
         """[B, L + longest answer], padded as transformers pads."""
         longest = max(len(request.emitted) for request in requests)
-        fill = torch.full((len(requests), longest), self.pad_token, dtype=self.input_ids.dtype)
+        fill = torch.full((len(requests), longest), self.pad_token)
         for row, request in enumerate(requests):
             fill[row, : len(request.emitted)] = torch.tensor(request.emitted)
         return torch.cat([self.input_ids, fill.to(self.input_ids.device)], dim=1)
+
+
+class _Stopping:
+    """When the rows of a batch end, as transformers decides it.
+
+    A criterion is asked after every token of a row. It is handed a whole batch, so that it may have
+    a setting for each row, but all of it is that row's text: rows are not equally far.
+
+    Without an end-of-sequence token transformers does not pad rows that a criterion has stopped:
+    they go on until the last one stops.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._eos = call.eos_tokens
+        built_in = (MaxLengthCriteria, EosTokenCriteria)
+        self._others = [c for c in call.criteria if not isinstance(c, built_in)]
+        self._stopped: dict[int, int] = {}  # rows that wait for the others, and where they stopped
+
+    def of_row(self, row: int) -> Callable[[Request], bool]:
+        """Whether a row ends with its last token."""
+        prompt = self._call.input_ids[row].tolist()
+
+        def ends(request: Request) -> bool:
+            if self._eos or not self._others:
+                return request.tokens[-1] in self._eos or self._asked(row, prompt, request)
+            emitted = len(request.tokens) - request.prompt_length
+            full = emitted >= request.max_new_tokens
+            if row not in self._stopped and (full or self._asked(row, prompt, request)):
+                self._stopped[row] = emitted
+            last = max(self._stopped.values(), default=0)
+            if len(self._stopped) < len(self._call.input_ids) or emitted < last:
+                return False
+            del request.tokens[request.prompt_length + last :]  # it had run ahead of the others
+            return True
+
+        return ends
+
+    def _asked(self, row: int, prompt: list[int], request: Request) -> bool:
+        if not self._others:
+            return False
+        ids = self._call.input_ids
+        text = torch.tensor([prompt + request.emitted], device=ids.device).expand(len(ids), -1)
+        # Without output_scores transformers has no scores to hand over either.
+        answers = [torch.as_tensor(criterion(text, None)) for criterion in self._others]
+        return any(bool(a[row] if a.ndim else a) for a in answers)
 
 
 def prepare(
@@ -226,19 +261,14 @@ def prepare(
     for name in ALTERNATIVES:
         if not _is_neutral(name, options.get(name)):
             raise refuse(name, options[name])
-    if stop_strings is None:
-        config = options.get("generation_config") or model.generation_config
-        stop_strings = config.stop_strings
-        if stop_strings is not None:
-            options = {**options, "stop_strings": None}
-            if options.get("generation_config") is not None:
-                config = GenerationConfig.from_dict(config.to_dict())
-                config.stop_strings = None
-                options["generation_config"] = config
+    for config in (options.get("generation_config"), model.generation_config):
+        if stop_strings is None and config is not None:
+            stop_strings = config.stop_strings
     criteria = stop_string_criteria(stop_strings, tokenizer)
     if criteria:
         given = options.get("stopping_criteria") or ()
-        options = {**options, "stopping_criteria": StoppingCriteriaList([*given, *criteria])}
+        criteria = StoppingCriteriaList([*given, *criteria])
+        options = {**options, "stopping_criteria": criteria, "stop_strings": None}
     captured: list[Call] = []
 
     def capture(
@@ -299,8 +329,10 @@ def _check_model_inputs(input_ids: Tensor, mask: Tensor | None, given: dict[str,
     cache = given.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise refuse("past_key_values", cache)
-    if input_ids.shape[1] == 0:
-        raise ValueError("input_ids: expected at least one token, got an empty prompt")
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            f"input_ids: expected [B, L] with at least one token, got {list(input_ids.shape)}"
+        )
     if mask is not None:
         if mask.shape != input_ids.shape:
             raise ValueError(
@@ -309,8 +341,9 @@ def _check_model_inputs(input_ids: Tensor, mask: Tensor | None, given: dict[str,
         seen = mask != 0
         if not bool(seen[:, -1].all()) or bool((seen[:, :-1] & ~seen[:, 1:]).any()):
             raise ValueError(
-                "attention_mask: expected padding on the left only, "
-                "got padding on the right or inside; set tokenizer.padding_side = 'left'"
+                "attention_mask: expected padding on the left only, got padding on the right or "
+                "inside; set tokenizer.padding_side = 'left'. Without an attention_mask it is "
+                "inferred from pad_token_id: pass one if the prompt itself has that token"
             )
     positions = given.get("position_ids")
     if positions is not None:

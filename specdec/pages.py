@@ -76,10 +76,11 @@ class PagePool:
     groups: list[LayerGroup] = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.page_size < 1 or self.page_size & (self.page_size - 1):
+        check_count("page_size", self.page_size)
+        if self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size: expected a power of two, got {self.page_size}")
-        if self.max_pages is not None and self.max_pages < 1:
-            raise ValueError(f"max_pages: expected at least 1, got {self.max_pages}")
+        if self.max_pages is not None:
+            check_count("max_pages", self.max_pages)
         members: dict[LayerShape, list[int]] = {}
         for layer, shape in enumerate(self.layers):
             members.setdefault(shape, []).append(layer)
@@ -147,9 +148,8 @@ class PagePool:
         for group, (keys, values) in zip(self.groups, grown, strict=True):
             group.keys, group.values = keys, values
         first = len(self._references)
-        self._references += [0] * extra
-        for page in range(first, first + extra):
-            heapq.heappush(self._free, page)
+        free = sorted([*self._free, *range(first, first + extra)])  # a sorted list is a heap
+        self._references, self._free = [*self._references, *[0] * extra], free
 
     def share(self, pages: Sequence[int]) -> None:
         """Adds one reference to each page."""
@@ -204,6 +204,19 @@ class PagePool:
         unowned = sorted(page for page, owners in enumerate(count) if owners == 0)
         if unowned != sorted(self._free):
             raise RuntimeError(f"free pages {sorted(self._free)} are not the unowned {unowned}")
+
+
+def check_count(name: str, value: object, most: int | None = None) -> None:
+    """Refuses what is not a positive integer, or one that is too large.
+
+    Raises:
+        TypeError, ValueError: with the argument's name.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < 1 or (most is not None and value > most):
+        allowed = "at least 1" if most is None else f"1 to {most}"
+        raise ValueError(f"{name}: expected {allowed}, got {value}")
 
 
 def _longer(tensor: Tensor, pages: int) -> Tensor:

@@ -33,8 +33,9 @@ def causal_model(model: Any) -> PreTrainedModel:
                 model, f"PEFT method {kind} adds virtual tokens that have no token ids"
             )
         return causal_model(model.get_base_model())
+    hint = "; wrap the model itself, or use model.compile()" if hasattr(model, "_orig_mod") else ""
     raise TypeError(
-        f"model: expected a transformers model or a PEFT model, got {type(model).__name__}"
+        f"model: expected a transformers model or a PEFT model, got {type(model).__name__}{hint}"
     )
 
 

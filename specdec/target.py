@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -196,6 +196,8 @@ class Target:
         backend: Backend = "auto",
         last_position: int | None = None,
     ) -> None:
+        if backend not in get_args(Backend):
+            raise ValueError(f"backend: expected {', '.join(get_args(Backend))}, got {backend!r}")
         self.model = causal_model(model)
         check_model(self.model)
         self.backend = backend
@@ -204,8 +206,9 @@ class Target:
         self.device = _input_device(self.model)
         self._configs = _configs(self.model)
         self._no_cache = PassThroughCache()
-        layers, self.vocab_size = self._probe()
-        self.cache = TreeKVCache(PagePool(layers, page_size, max_pages), self.device)
+        with torch.inference_mode(False):  # tensors that outlive the caller's inference mode
+            layers, self.vocab_size = self._probe()
+            self.cache = TreeKVCache(PagePool(layers, page_size, max_pages), self.device)
 
     @torch.no_grad()
     def _probe(self) -> tuple[list[LayerShape], int]:

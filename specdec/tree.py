@@ -272,6 +272,13 @@ def _check_law(tokens: Tensor, law: ProposalLaw | Tensor, draft_probs: Tensor | 
             raise ValueError(
                 f"draft_probs: expected [{len(tokens)}, V], got {list(draft_probs.shape)}"
             )
+        rows = draft_probs if not isinstance(law, Tensor) else draft_probs[law != 0]
+        total = rows.sum(-1)
+        if not bool((rows >= 0).all()) or not bool(((total - 1).abs() < 1e-2).all()):
+            raise ValueError(
+                "draft_probs: expected rows of probabilities that sum to one, "
+                f"got sums from {float(total.min()):.3g} to {float(total.max()):.3g}"
+            )
         if draft_probs.device != tokens.device:
             raise ValueError(f"draft_probs: expected on {tokens.device}, got {draft_probs.device}")
 

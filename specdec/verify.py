@@ -186,7 +186,7 @@ def select_rule(name: str, law: ProposalLaw, *, do_sample: bool) -> AcceptanceRu
     if name == "greedy":
         raise ValueError("rule: 'greedy' decodes greedily, got do_sample=True; use rule='auto'")
     if name == "auto":
-        return SampleAndMatch() if law == ProposalLaw.DETERMINISTIC else MultiRound()
+        return MultiRound() if law == ProposalLaw.IID else SampleAndMatch()
     rule = RULES[name]()
     if law not in rule.legal_laws:
         legal = [r.name for r in RULES.values() if r.samples and law in r.legal_laws]

@@ -28,17 +28,21 @@ from specdec.generation import (
     stop_string_criteria,
     stream,
 )
+from specdec.pages import check_count
 from specdec.support import causal_model, check_length
 from specdec.target import Target
 from specdec.tree import MAX_NODES
 from specdec.verify import RULES, select_rule
 
-FLUENT = frozenset(
-    {"bfloat16", "cpu", "cuda", "double", "eval", "float", "half", "requires_grad_", "to", "train"}
-)
+FLUENT = {"apply", "eval", "requires_grad_", "to", "train", "type", "cpu", "cuda"} | {
+    "bfloat16",
+    "double",
+    "float",
+    "half",
+}
 """Methods of a module that return the module: on a wrapped model they return the wrapper."""
 
-OWN = frozenset({"model", "drafter", "rule", "nodes", "_target", "_target_options", "_target_key"})
+OWN = frozenset({"drafter", "nodes", "rule", "_model", "_target", "_target_key", "_target_options"})
 
 
 def wrap(
@@ -82,12 +86,15 @@ def wrap(
 
 
 class SpeculativeModel:
-    """A wrapped model: `generate` and `stream` are speculative, all else is the model's own."""
+    """A wrapped model: `generate` and `stream` are speculative, all else is the model's own.
 
-    model: Any
+    `drafter`, `rule` and `nodes` may be changed between calls.
+    """
+
     drafter: Drafter
     rule: str
     nodes: int
+    _model: Any
     _target: Target | None
     _target_options: dict[str, Any]
     _target_key: tuple[torch.device, torch.dtype, int] | None
@@ -101,20 +108,16 @@ class SpeculativeModel:
         nodes: int | None,
         **target_options: Any,
     ) -> None:
-        if rule not in ("auto", *RULES):
-            raise ValueError(f"rule: expected auto, {', '.join(RULES)}, got {rule!r}")
-        if nodes is not None and not 1 <= nodes <= MAX_NODES:
-            raise ValueError(f"nodes: expected 1 to {MAX_NODES}, got {nodes}")
-        self.model = model
+        self._model = model
         self._target_options = target_options
         self._target, self._target_key = None, None
         device = self._driven().device
-        self.nodes = nodes or (8 if device.type == "cpu" else 32)
-        self.drafter = _resolve_drafter(drafter, rule)
         self.rule = rule
+        self.nodes = (8 if device.type == "cpu" else 32) if nodes is None else nodes
+        self.drafter = drafter  # type: ignore[assignment]
 
     def _wrapped(self) -> Any:
-        model = object.__getattribute__(self, "model")
+        model = object.__getattribute__(self, "_model")
         if model is None:
             raise RuntimeError("this wrapper was unwrapped; call specdec.wrap again")
         return model
@@ -124,7 +127,7 @@ class SpeculativeModel:
         embeddings: Any = causal_model(self._wrapped()).get_input_embeddings()
         key = (embeddings.weight.device, embeddings.weight.dtype, len(embeddings.weight))
         if self._target is None or key != self._target_key:
-            self._target = Target(self.model, **self._target_options)
+            self._target = Target(self._wrapped(), **self._target_options)
             self._target_key = key
         return self._target
 
@@ -204,7 +207,7 @@ class SpeculativeModel:
             "generation_config": generation_config,
             "logits_processor": logits_processor,
             "stopping_criteria": stopping_criteria,
-            **options,
+            **options,  # None among them means something: it overrides the model's default
         }
         stop_strings = given.pop("stop_strings", None)
         return prepare(
@@ -212,7 +215,7 @@ class SpeculativeModel:
             inputs,
             stop_strings=stop_strings,
             tokenizer=tokenizer,
-            options={name: value for name, value in given.items() if value is not None},
+            options=given,
         )
 
     @property
@@ -250,7 +253,7 @@ class SpeculativeModel:
     def unwrap(self) -> Any:
         """Frees the cache and returns the model that was wrapped."""
         model = self._wrapped()
-        self.model, self._target = None, None
+        self._model, self._target = None, None
         return model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -268,6 +271,12 @@ class SpeculativeModel:
         return fluent
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "drafter":
+            value = _resolve_drafter(value, self.rule)
+        elif name == "rule" and value not in ("auto", *RULES):
+            raise ValueError(f"rule: expected auto, {', '.join(RULES)}, got {value!r}")
+        elif name == "nodes":
+            check_count("nodes", value, MAX_NODES)
         if name in OWN:
             object.__setattr__(self, name, value)
         else:
@@ -275,7 +284,7 @@ class SpeculativeModel:
 
     def __repr__(self) -> str:
         return (
-            f"SpeculativeModel({type(self.model).__name__}, {self.drafter!r}, "
+            f"SpeculativeModel({type(self._model).__name__}, {self.drafter!r}, "
             f"rule={self.rule!r}, nodes={self.nodes})"
         )
 
@@ -350,7 +359,7 @@ class Generate:
             model_kwargs,
         )
         wrapped = self._wrapped
-        if wrapped is None or wrapped.model is not model:
+        if wrapped is None or wrapped._model is not model:
             wrapped = wrap(model, self._drafter, **self._wrap_options)
         if self is not generate:
             self._wrapped = wrapped
@@ -365,6 +374,8 @@ def _seed(call: Call, seed: int | None, generator: torch.Generator | None) -> in
     if seed is not None and generator is not None:
         raise ValueError("seed and generator: expected at most one of them, got both")
     if seed is not None:
+        if not isinstance(seed, int):
+            raise TypeError(f"seed: expected an integer, got {seed!r}")
         return seed
     if not call.sampler.do_sample:
         return 0  # nothing is drawn; the global generator is left alone, as transformers does
@@ -372,19 +383,19 @@ def _seed(call: Call, seed: int | None, generator: torch.Generator | None) -> in
     return int(torch.randint(2**62, (), generator=generator, device=device))
 
 
-def _resolve_drafter(drafter: str | Drafter | PreTrainedModel, rule: str) -> Drafter:
+def _resolve_drafter(drafter: object, rule: str) -> Drafter:
     from specdec.drafters import DRAFTERS, DraftModel
 
     if isinstance(drafter, Drafter):
         return drafter
-    if isinstance(drafter, str):
-        if drafter not in DRAFTERS:
-            raise ValueError(
-                f"drafter: expected one of {', '.join(DRAFTERS)}, a model or a Drafter, "
-                f"got {drafter!r}"
-            )
+    if isinstance(drafter, str) and drafter in DRAFTERS:
         return DRAFTERS[drafter]()
-    return DraftModel(drafter, sampled=rule == "multi-round")
+    if isinstance(drafter, torch.nn.Module):
+        return DraftModel(drafter, sampled=rule == "multi-round")
+    shown = repr(drafter) if isinstance(drafter, str) else f"{drafter!r:.60}"
+    raise ValueError(
+        f"drafter: expected one of {', '.join(DRAFTERS)}, a model or a Drafter, got {shown}"
+    )
 
 
 __all__: Sequence[str] = ["Generate", "SpeculativeModel", "generate", "wrap"]

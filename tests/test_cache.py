@@ -310,5 +310,5 @@ def test_integrity_finds_a_leaked_page() -> None:
 
 @pytest.mark.parametrize("page_size", [0, 3, -4])
 def test_page_size_is_a_power_of_two(page_size: int) -> None:
-    with pytest.raises(ValueError, match="power of two"):
+    with pytest.raises(ValueError, match="page_size: expected"):
         PagePool(LAYERS, page_size)

@@ -20,10 +20,20 @@ from transformers import (
     pipeline,
     set_seed,
 )
+from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import specdec
-from specdec import OutOfPages, ProposalLaw, SequenceDrafter, SpeculativeModel, TokenTree
+from specdec import (
+    DraftContext,
+    Drafter,
+    OutOfPages,
+    ProposalLaw,
+    SequenceDrafter,
+    SpeculativeModel,
+    TokenTree,
+    TreeBatch,
+)
 from specdec.drafters import DraftModel
 from specdec.generation import SpeculativeOutput
 from specdec.testing import TINY, OracleDrafter, RandomDrafter, degraded, tiny_model
@@ -156,6 +166,101 @@ def test_statistics_end_where_the_text_ends(model: Any, prompts: Tensor) -> None
     assert out.stats is not None
     assert out.stats.tokens == out.stats.accepted <= 3
     assert max(out.stats.accepted_at) == out.stats.tokens
+
+
+class StopRows(StoppingCriteria):
+    """A length of its own for each row."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = torch.tensor(lengths)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return input_ids.shape[1] >= self.lengths
+
+
+@pytest.mark.parametrize("eos", [VOCAB - 1, None])
+def test_criteria_may_have_a_setting_for_each_row(model: Any, prompts: Tensor, eos: Any) -> None:
+    """Without an eos token transformers lets stopped rows go on until the last one stops."""
+    options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    stop: Any = StoppingCriteriaList([StopRows([20, 11, 13])])
+    options |= {"eos_token_id": eos, "stopping_criteria": stop}
+    expected = model.generate(prompts, **options)
+    wrapped: Any
+    for wrapped in (wrap(model, prompts), specdec.wrap(model, "none")):
+        assert torch.equal(wrapped.generate(prompts, **options), expected)
+
+
+def test_none_overrides_the_models_defaults(prompts: Tensor) -> None:
+    model: Any = tiny_model("Llama")
+    full = greedy(model, prompts, 12)
+    model.generation_config.eos_token_id = int(full[0, 10])
+    model.generation_config.top_k = 1
+    wrapped: Any = specdec.wrap(model)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(wrapped.generate(prompts, **options), full)
+    sampled = wrapped.generate(
+        prompts, max_new_tokens=6, do_sample=True, top_k=None, num_return_sequences=10, seed=1
+    )
+    assert len({tuple(row) for row in sampled.tolist()}) > 3
+
+
+def test_a_limit_below_the_prompt_still_gives_one_token(model: Any, prompts: Tensor) -> None:
+    limit: Any = StoppingCriteriaList([MaxLengthCriteria(3)])
+    expected = model.generate(prompts, stopping_criteria=limit, do_sample=False)
+    out = wrap(model, prompts).generate(prompts, stopping_criteria=limit, do_sample=False)
+    assert torch.equal(out, expected)
+
+
+def test_inference_mode_does_not_outlive_the_call(model: Any, prompts: Tensor) -> None:
+    for drafter in ("ngram", DraftModel(degraded(model, bits=4))):
+        wrapped: Any = specdec.wrap(model, drafter)
+        with torch.inference_mode():
+            first = greedy(wrapped, prompts, 4)
+        assert torch.equal(greedy(wrapped, prompts, 40)[:, :12], first)
+        with torch.inference_mode():
+            greedy(wrapped, prompts.repeat(2, 1), 100)
+        assert torch.equal(greedy(wrapped, prompts, 4), first)
+        assert_nothing_left(wrapped)
+
+
+def test_logits_that_are_not_numbers_are_an_error(prompts: Tensor) -> None:
+    model: Any = tiny_model("Llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    wrapped: Any = specdec.wrap(model)
+    with pytest.raises(ValueError, match=r"request 0: no token could be drawn .* NaN or infinity"):
+        wrapped.generate(prompts, max_new_tokens=3, do_sample=True)
+    assert_nothing_left(wrapped)
+
+
+class Reversed(Drafter):
+    """Puts the trees in the wrong order."""
+
+    def propose(self, context: DraftContext, nodes: int) -> TreeBatch:
+        trees = [TokenTree.root(tokens[-1]) for tokens in reversed(context.tokens)]
+        return TreeBatch.pack(trees, vocab_size=context.vocab_size)
+
+
+def test_a_drafter_for_whole_batches_is_checked_too(model: Any, prompts: Tensor) -> None:
+    wrapped: Any = specdec.wrap(model, Reversed())
+    with pytest.raises(ValueError, match=r"Reversed\.propose: expected the root of tree 0 to be"):
+        wrapped.generate(prompts, max_new_tokens=3)
+    assert_nothing_left(wrapped)
+
+
+def test_drafter_rule_and_nodes_may_be_changed(model: Any, prompts: Tensor) -> None:
+    wrapped = wrap(model, prompts)
+    expected = greedy(wrapped, prompts, 9)
+    wrapped.drafter, wrapped.nodes, wrapped.rule = "none", 4, "multi-round"
+    assert torch.equal(greedy(wrapped, prompts, 9), expected)
+    assert wrapped.model is model.model, "all other names are the model's own"
+    for name, value, message in (
+        ("nodes", 257, "nodes: expected 1 to 256, got 257"),
+        ("rule", "hope", "rule: expected auto"),
+        ("drafter", None, "drafter: expected one of none, ngram, a model or a Drafter, got None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            setattr(wrapped, name, value)
 
 
 def test_criteria_may_return_a_plain_bool(model: Any, prompts: Tensor) -> None:
@@ -415,6 +520,20 @@ def test_wrong_arguments_are_named(model: Any, prompts: Tensor) -> None:
         specdec.wrap(model, nodes=0)
     with pytest.raises(ValueError, match="typo"):
         wrapped.generate(prompts, typo=3)
+    with pytest.raises(TypeError, match="nodes: expected an integer, got '8'"):
+        specdec.wrap(model, nodes="8")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"page_size: expected an integer, got 2\.0"):
+        specdec.wrap(model, page_size=2.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"seed: expected an integer, got 1\.5"):
+        wrapped.generate(prompts, do_sample=True, seed=1.5)
+    with pytest.raises(ValueError, match="backend: expected auto, reference, sdpa, got 'flash'"):
+        specdec.wrap(model, backend="flash")  # type: ignore[arg-type]
+    with pytest.raises(
+        NotImplementedError, match="streamer=Recorder is not supported: what stream"
+    ):
+        wrapped.stream(prompts, streamer=Recorder())
+    with pytest.raises(ValueError, match=r"input_ids: expected \[B, L\] with at least one token"):
+        wrapped.generate(prompts[:0])
 
 
 def test_training_mode_is_refused_and_the_model_stays_the_users(

@@ -98,7 +98,7 @@ def test_best_first_takes_the_likeliest_nodes(n: int, depth: int, width: int, se
 
 
 def test_cut_keeps_law_and_probabilities() -> None:
-    probs = torch.rand(4, 9)
+    probs = torch.rand(4, 9).softmax(-1)
     tree = TokenTree(
         torch.tensor([5, 1, 2, 3]), torch.tensor([-1, 0, 1, 0]), ProposalLaw.IID, probs
     )
@@ -113,7 +113,9 @@ def test_cut_keeps_law_and_probabilities() -> None:
 def test_drawn_and_chosen_trees_and_groups_may_be_mixed() -> None:
     """The law belongs to each group of siblings; a cut may leave nothing that was drawn."""
     law = torch.tensor([ProposalLaw.DETERMINISTIC, ProposalLaw.IID, 0], dtype=torch.int8)
-    mixed = TokenTree(torch.tensor([5, 1, 2]), torch.tensor([-1, 0, 1]), law, torch.rand(3, 9))
+    mixed = TokenTree(
+        torch.tensor([5, 1, 2]), torch.tensor([-1, 0, 1]), law, torch.rand(3, 9).softmax(-1)
+    )
     packed = TreeBatch.pack([mixed, TokenTree.root(3)], vocab_size=9)
     assert packed.laws.tolist() == [0, 1, 0, 0]
     assert packed.laws_used == {ProposalLaw.DETERMINISTIC, ProposalLaw.IID}
@@ -163,11 +165,13 @@ def test_wrong_dtypes_laws_and_vocabularies_are_refused() -> None:
         TokenTree(root, top, ProposalLaw.IID)
     with pytest.raises(ValueError, match=r"draft_probs: expected \[1, V\]"):
         TokenTree(root, top, ProposalLaw.IID, torch.rand(2, 9))
+    with pytest.raises(ValueError, match="probabilities that sum to one"):
+        TokenTree(root, top, ProposalLaw.IID, torch.ones(1, 9))
     with pytest.raises(ValueError, match="on one device"):
         TokenTree(root, top.to("meta"))
     with pytest.raises(ValueError, match="vocabulary size 3, got 3"):
         TreeBatch.pack([TokenTree.root(3)], vocab_size=3)
-    drawn = TokenTree(root, top, ProposalLaw.IID, torch.rand(1, 9))
+    drawn = TokenTree(root, top, ProposalLaw.IID, torch.rand(1, 9).softmax(-1))
     with pytest.raises(ValueError, match=r"draft_probs: expected \[1, 7\], got \[1, 9\]"):
         TreeBatch.pack([drawn], vocab_size=7)
     with pytest.raises(ValueError, match="orphan"):

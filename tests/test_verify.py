@@ -138,6 +138,8 @@ def test_the_place_in_the_batch_does_not_matter(rule: verify.AcceptanceRule) -> 
 def test_an_illegal_rule_is_refused_with_the_legal_ones_named() -> None:
     assert select_rule("auto", ProposalLaw.IID, do_sample=True).name == "multi-round"
     assert select_rule("auto", ProposalLaw.DETERMINISTIC, do_sample=True).name == "sample-and-match"
+    drawn_once = ProposalLaw.WITHOUT_REPLACEMENT
+    assert select_rule("auto", drawn_once, do_sample=True).name == "sample-and-match"
     assert select_rule("multi-round", ProposalLaw.IID, do_sample=False).name == "greedy"
     with pytest.raises(ValueError, match="use one of auto, sample-and-match"):
         select_rule("multi-round", ProposalLaw.WITHOUT_REPLACEMENT, do_sample=True)
