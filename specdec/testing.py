@@ -68,7 +68,11 @@ def tiny_model(name: str, **changes: Any) -> PreTrainedModel:
     options = {key: value for key, value in options.items() if value is not None or "token" in key}
     torch.manual_seed(1)
     config = getattr(transformers, f"{name}Config")(**options)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # Some versions of transformers leave out the soft cap in their sdpa attention.
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager" if capped else None
+    ).eval()
     with torch.no_grad():
         for part, weight in model.named_parameters():
             if "embed" in part or "wte" in part:
