@@ -218,10 +218,7 @@ DRAFTERS: dict[str, tuple[Callable[[], Any], Sequence[str]]] = {
         lambda: testing.RandomDrafter(V),
         ["multi-round"],
     ),
-    "likeliest": (
-        lambda: DraftModel(tiny(1), Topology.branching([2, 2])),
-        ["multi-round"],
-    ),
+    "likeliest": (lambda: DraftModel(tiny(1), Topology.branching([2, 2])), []),
     "sampled": (
         lambda: DraftModel(tiny(1), Topology.branching([2, 2]), sampled=True),
         ["multi-round", "sample-and-match"],
