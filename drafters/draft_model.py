@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.batch import TreeBatch
+from specdec.bits import ancestor_words
 from specdec.cache import Speculation
 from specdec.drafting import DraftContext, Drafter, Observation
 from specdec.noise import Purpose, uniform
 from specdec.sampling import draw
 from specdec.support import causal_model, check_length
 from specdec.target import Target
+from specdec.topology import Topology
 from specdec.transfer import upload
-from specdec.tree import ProposalLaw, Topology, TreeBatch, ancestor_words
+from specdec.tree import ProposalLaw
 
 VOCABULARY_PADDING = 1024
 """Models of one tokenizer pad their heads differently; more than this is another tokenizer."""

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from specdec.batch import TreeBatch
 from specdec.target import Target
-from specdec.tree import TokenTree, TreeBatch
+from specdec.tree import TokenTree
 
 
 @dataclass(frozen=True)

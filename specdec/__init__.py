@@ -5,11 +5,13 @@ model.generate(**inputs, max_new_tokens=200)
 """
 
 from specdec import models
+from specdec.batch import TreeBatch
 from specdec.drafting import DraftContext, Drafter, NoDraft, Observation, SequenceDrafter
 from specdec.pages import OutOfPages
 from specdec.stats import GenerationStats
 from specdec.support import UnsupportedModel
-from specdec.tree import ProposalLaw, TokenTree, Topology, TreeBatch
+from specdec.topology import Topology
+from specdec.tree import ProposalLaw, TokenTree
 from specdec.wrap import SpeculativeModel, generate, wrap
 
 __version__ = "0.1.0"

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from specdec.attention import AttentionPlan
+from specdec.batch import TreeBatch
 from specdec.pages import TRASH_PAGE, PagePool
 from specdec.transfer import upload
-from specdec.tree import TreeBatch
 
 NULL_SEQUENCE = 0
 """A sequence of length 0 whose every slot lies in the trash page, for rows that pad a batch."""

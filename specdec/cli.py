@@ -25,7 +25,7 @@ from specdec.eval.prompts import DEMO_PROMPT, builtin_prompts
 from specdec.generation import SpeculativeOutput
 from specdec.pages import OutOfPages
 from specdec.target import Target
-from specdec.tree import Topology
+from specdec.topology import Topology
 
 app = typer.Typer(
     help="Speculative decoding with token trees for Hugging Face models.",

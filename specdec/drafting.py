@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specdec.batch import TreeBatch
 from specdec.sampling import Sampler
-from specdec.tree import ProposalLaw, TokenTree, TreeBatch
+from specdec.tree import ProposalLaw, TokenTree
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from itertools import count
 
 import torch
 
+from specdec.batch import TreeBatch
 from specdec.drafting import DraftContext, Drafter, Observation
 from specdec.sampling import Sampler
 from specdec.stats import GenerationStats, Stopwatch
 from specdec.target import Target
 from specdec.transfer import upload
-from specdec.tree import TreeBatch
 from specdec.verify import AcceptanceRule, Noise, Outcome
 
 

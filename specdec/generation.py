@@ -7,7 +7,7 @@ every option means what it means there, and one that is not supported is refused
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
 from transformers.generation.stopping_criteria import (
-    EosTokenCriteria,
     MaxLengthCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
@@ -27,6 +26,7 @@ from specdec.engine import Emission, Engine, Request
 from specdec.noise import split_seeds
 from specdec.sampling import Sampler
 from specdec.stats import GenerationStats
+from specdec.stopping import Stopping
 
 SUPPORTED_OPTIONS = {
     "bos_token_id",
@@ -151,16 +151,6 @@ class Call:
         return int(min([self.config.max_length, *limits]))
 
     @property
-    def eos_tokens(self) -> frozenset[int]:
-        """The tokens that end a text; they are emitted."""
-        return frozenset(
-            token
-            for criterion in self.criteria
-            if isinstance(criterion, EosTokenCriteria)
-            for token in criterion.eos_token_id.tolist()
-        )
-
-    @property
     def pad_token(self) -> int:
         """What fills the rows that end early."""
         if self.config.pad_token_id is not None:
@@ -171,7 +161,7 @@ class Call:
 
     def requests(self, seed: int) -> list[Request]:
         """One request for each row, without its padding."""
-        stopping = _Stopping(self)
+        stopping = Stopping(self.input_ids, self.criteria)
         width = self.input_ids.shape[1]
         # transformers asks its criteria after a token: there is always one.
         new = max(1, self.max_length - width)
@@ -190,52 +180,6 @@ class Call:
         for row, request in enumerate(requests):
             fill[row, : len(request.emitted)] = torch.tensor(request.emitted)
         return torch.cat([self.input_ids, fill.to(self.input_ids.device)], dim=1)
-
-
-class _Stopping:
-    """When the rows of a batch end, as transformers decides it.
-
-    A criterion is asked after every token of a row. It is handed a whole batch, so that it may have
-    a setting for each row, but all of it is that row's text: rows are not equally far.
-
-    Without an end-of-sequence token transformers does not pad rows that a criterion has stopped:
-    they go on until the last one stops.
-    """
-
-    def __init__(self, call: Call) -> None:
-        self._call = call
-        self._eos = call.eos_tokens
-        built_in = (MaxLengthCriteria, EosTokenCriteria)
-        self._others = [c for c in call.criteria if not isinstance(c, built_in)]
-        self._stopped: dict[int, int] = {}  # rows that wait for the others, and where they stopped
-
-    def of_row(self, row: int) -> Callable[[Request], bool]:
-        """Whether a row ends with its last token."""
-        prompt = self._call.input_ids[row].tolist()
-
-        def ends(request: Request) -> bool:
-            if self._eos or not self._others:
-                return request.tokens[-1] in self._eos or self._asked(row, prompt, request)
-            emitted = len(request.tokens) - request.prompt_length
-            full = emitted >= request.max_new_tokens
-            if row not in self._stopped and (full or self._asked(row, prompt, request)):
-                self._stopped[row] = emitted
-            last = max(self._stopped.values(), default=0)
-            if len(self._stopped) < len(self._call.input_ids) or emitted < last:
-                return False
-            del request.tokens[request.prompt_length + last :]  # it had run ahead of the others
-            return True
-
-        return ends
-
-    def _asked(self, row: int, prompt: list[int], request: Request) -> bool:
-        if not self._others:
-            return False
-        ids = self._call.input_ids
-        text = torch.tensor([prompt + request.emitted], device=ids.device).expand(len(ids), -1)
-        # Without output_scores transformers has no scores to hand over either.
-        answers = [torch.as_tensor(criterion(text, None)) for criterion in self._others]
-        return any(bool(a[row] if a.ndim else a) for a in answers)
 
 
 def prepare(

@@ -1,171 +1,39 @@
-"""A Hugging Face model behind tree attention and a paged cache, through its public hooks only.
+"""A Hugging Face model behind tree attention and a paged cache.
 
-The attention function is registered with transformers; no mask function is, so the model builds no
-mask. A `Cache` subclass stands in for the model's own, and one keyword argument, which every model
-hands down to its attention unchanged, carries the plan. Nothing in the model is replaced: the name
-of the attention implementation is set around our own forward and restored after it.
+Nothing in the model is replaced: the name of the attention implementation is set around our own
+forward and restored after it.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from specdec.attention import AttentionPlan, Backend, tree_attention
+from specdec.attention import AttentionPlan, Backend
+from specdec.batch import TreeBatch
 from specdec.cache import Speculation, TreeKVCache
-from specdec.kernels import cache as kernels
+from specdec.hooks import (
+    ATTENTION,
+    AttentionHandler,
+    NoHandler,
+    PagedAttention,
+    PassThroughCache,
+    Probe,
+    attention_name,
+    configs_of,
+)
 from specdec.pages import LayerShape, PagePool
 from specdec.support import UnsupportedModel, causal_model, check_model
-from specdec.tree import TreeBatch
-
-ATTENTION = "specdec"
 
 _LOCKS: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
 """One lock for each model: the name of its attention changes for the time of a forward."""
-
-HARMLESS_ARGUMENTS = {
-    "attention_interface",
-    "cache_position",
-    "logits_to_keep",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "position_embeddings",
-    "position_ids",
-    "return_dict",
-    "use_cache",
-}
-"""What models hand to every attention function and tree attention may ignore."""
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """What one attention layer asks for."""
-
-    layer: int
-    query: Tensor  # [1, Hq, R, Dk]
-    key: Tensor  # [1, Hkv, R, Dk]
-    value: Tensor  # [1, Hkv, R, Dv]
-    scale: float | None
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None
-    unknown: set[str]  # arguments with a value that tree attention does not know
-
-
-class AttentionHandler(Protocol):
-    def __call__(self, call: AttentionCall) -> Tensor:
-        """Attention output [1, R, Hq, Dv]."""
-
-
-class NoHandler(RuntimeError):
-    """The attention function was reached by a call that is not ours."""
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    specdec_handler: AttentionHandler | None = None,
-    **rest: Any,
-) -> tuple[Tensor, None]:
-    """The function registered with transformers: every layer of every model arrives here."""
-    if specdec_handler is None:
-        raise NoHandler(
-            f"{type(module).__name__} was called without a plan: the model is generating with "
-            "specdec in another thread, or does not hand keyword arguments down to its attention"
-        )
-    causal = rest.pop("is_causal", None) is not False and getattr(module, "is_causal", True)
-    unknown = {
-        name for name, given in rest.items() if given is not None and name not in HARMLESS_ARGUMENTS
-    }
-    if attention_mask is not None:
-        unknown.add("a mask of its own")
-    if not causal:
-        unknown.add("bidirectional attention")
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    call = AttentionCall(layer, query, key, value, scaling, sliding_window, softcap, s_aux, unknown)
-    return specdec_handler(call), None
-
-
-AttentionInterface.register(ATTENTION, _attention)
-
-
-class PassThroughCache(Cache):
-    """Stands in for the model's cache: hands new keys and values to the attention function.
-
-    The model is always given positions and never builds a mask, so the lengths it could ask for
-    are never used; `get_mask_sizes` raises in case a model asks all the same.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        raise RuntimeError("the model builds an attention mask although none is registered")
-
-
-@dataclass
-class _Probe:
-    """Records what the attention layers look like during one small forward."""
-
-    calls: list[AttentionCall]
-
-    def __call__(self, call: AttentionCall) -> Tensor:
-        self.calls.append(call)
-        repeat = call.query.shape[1] // call.value.shape[1]
-        return call.value.repeat_interleave(repeat, 1).transpose(1, 2).contiguous()
-
-
-@dataclass
-class _PagedAttention:
-    """Writes new keys and values into the pool, then attends."""
-
-    pool: PagePool
-    plan: AttentionPlan
-    backend: Backend
-
-    def __call__(self, call: AttentionCall) -> Tensor:
-        plan = self.plan.on(call.query.device)
-        pages = self.pool.layer(call.layer)
-        kernels.write_rows(pages.keys, plan.slots, call.key[0].transpose(0, 1))
-        kernels.write_rows(pages.values, plan.slots, call.value[0].transpose(0, 1))
-        out = tree_attention(
-            call.query[0].transpose(0, 1),
-            pages,
-            plan,
-            scale=call.scale,
-            window=call.window,
-            softcap=call.softcap,
-            sinks=call.sinks,
-            backend=self.backend,
-        )
-        return out[None]
 
 
 class Target:
@@ -204,7 +72,7 @@ class Target:
         self.last_position = last_position
         self.lock = _LOCKS.setdefault(self.model, threading.RLock())
         self.device = _input_device(self.model)
-        self._configs = _configs(self.model)
+        self._configs = configs_of(self.model)
         self._no_cache = PassThroughCache()
         with torch.inference_mode(False):  # tensors that outlive the caller's inference mode
             layers, self.vocab_size = self._probe()
@@ -213,7 +81,7 @@ class Target:
     @torch.no_grad()
     def _probe(self) -> tuple[list[LayerShape], int]:
         """Runs two tokens to learn what each attention layer stores and asks for."""
-        probe = _Probe([])
+        probe = Probe([])
         tokens = torch.zeros(2, dtype=torch.int64, device=self.device)
         try:
             logits = self._run(tokens, torch.arange(2, device=self.device), probe, 1)
@@ -257,7 +125,7 @@ class Target:
     def _run(
         self, tokens: Tensor, positions: Tensor, handler: AttentionHandler, keep: int | Tensor
     ) -> Tensor:
-        with self.lock, _attention_name(self._configs, ATTENTION):
+        with self.lock, attention_name(self._configs, ATTENTION):
             output = self.model(
                 input_ids=tokens[None],
                 position_ids=positions[None],
@@ -284,7 +152,7 @@ class Target:
         """
         if self.last_position is not None:
             plan = plan.held(self.last_position)
-        handler = _PagedAttention(self.cache.pool, plan, self.backend)
+        handler = PagedAttention(self.cache.pool, plan, self.backend)
         return self._run(tokens, plan.positions, handler, keep)
 
     def prefill(
@@ -382,27 +250,3 @@ def _input_device(model: PreTrainedModel) -> torch.device:
     if device.type == "meta":  # offloaded by accelerate, whose hook says where the layer runs
         device = torch.device(embeddings._hf_hook.execution_device)
     return device
-
-
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The configurations that the model's parts read, each once."""
-    found = {
-        id(part.config): part.config
-        for part in model.modules()
-        if isinstance(part, PreTrainedModel)
-    }
-    text = model.config.get_text_config(decoder=True)
-    return list({**found, id(text): text}.values())
-
-
-@contextmanager
-def _attention_name(configs: Sequence[PreTrainedConfig], name: str) -> Iterator[None]:
-    """Sets the attention implementation for the time of one forward."""
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation = name
-        yield
-    finally:
-        for config, old in zip(configs, before, strict=True):
-            config._attn_implementation = old

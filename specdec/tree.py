@@ -1,24 +1,25 @@
 """Token trees: what a drafter proposes and the verifier scores in one pass.
 
-Letters: N nodes of one tree, B trees in a batch, R rows (nodes of all trees, packed), V vocabulary,
-W words of 32 bits.
+Letters: N nodes of one tree, V vocabulary, D positions, K candidates for one.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from specdec.bits import ancestor_bits
 from specdec.transfer import upload
 
-WORD_BITS = 32
+if TYPE_CHECKING:
+    from specdec.topology import Topology
+
 MAX_NODES = 256
 
 
@@ -227,14 +228,6 @@ class TokenTree:
         return cls.from_lists(out_tokens, parents)
 
 
-def ancestor_bits(parents: Sequence[int]) -> tuple[int, ...]:
-    """For every node an integer whose bit j says that node j is an ancestor, itself included."""
-    bits: list[int] = []
-    for node, parent in enumerate(parents):
-        bits.append(1 << node | (bits[parent] if parent >= 0 else 0))
-    return tuple(bits)
-
-
 def _check_nodes(tokens: Tensor, parents: Tensor) -> None:
     for name, tensor in (("tokens", tokens), ("parents", parents)):
         if tensor.dtype != torch.int64:
@@ -281,222 +274,3 @@ def _check_law(tokens: Tensor, law: ProposalLaw | Tensor, draft_probs: Tensor | 
             )
         if draft_probs.device != tokens.device:
             raise ValueError(f"draft_probs: expected on {tokens.device}, got {draft_probs.device}")
-
-
-@dataclass(frozen=True)
-class Topology:
-    """The shape of a tree without its tokens, in level order, so that levels are contiguous.
-
-    Args:
-        parents: index of every node's parent, -1 for node 0; parents before children, level by
-            level, the children of one node side by side.
-    """
-
-    parents: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if self.parents[:1] != (-1,) or not all(
-            0 <= parent < node for node, parent in enumerate(self.parents[1:], start=1)
-        ):
-            raise ValueError(
-                f"parents: expected -1 for node 0, then earlier nodes, got {self.parents}"
-            )
-        if list(self.parents) != sorted(self.parents) or len(self.parents) > MAX_NODES:
-            raise ValueError(
-                f"parents: expected at most {MAX_NODES} nodes in level order, got {self.parents}"
-            )
-
-    def __len__(self) -> int:
-        return len(self.parents)
-
-    @cached_property
-    def depths(self) -> tuple[int, ...]:
-        depths = [0]
-        for parent in self.parents[1:]:
-            depths.append(depths[parent] + 1)
-        return tuple(depths)
-
-    @cached_property
-    def ancestor_bits(self) -> tuple[int, ...]:
-        """One Python integer a node: bit j says that node j is an ancestor, itself included."""
-        return ancestor_bits(self.parents)
-
-    @cached_property
-    def inner(self) -> frozenset[int]:
-        """The nodes that have children."""
-        return frozenset(self.parents[1:])
-
-    def cut(self, *, depth: int, nodes: int = MAX_NODES) -> Topology:
-        """The shape without the nodes below `depth` and those behind the first `nodes`."""
-        return Topology(self.parents[: min(nodes, sum(level <= depth for level in self.depths))])
-
-    @classmethod
-    def chain(cls, nodes: int) -> Topology:
-        return cls(tuple(range(-1, nodes - 1)))
-
-    @classmethod
-    def branching(cls, widths: Sequence[int]) -> Topology:
-        """Every node of depth d has `widths[d]` children."""
-        parents, level = [-1], [0]
-        for width in widths:
-            below = [parent for parent in level for _ in range(width)]
-            level = list(range(len(parents), len(parents) + len(below)))
-            parents += below
-        return cls(tuple(parents))
-
-    @classmethod
-    def fading(cls, nodes: int, *, accept: float = 0.6, rank_decay: float = 0.25) -> Topology:
-        """The best shape of a given size when the r-th child is accepted with a falling chance.
-
-        The chance of child r is `accept * rank_decay**r`, the usual pattern of a draft model's
-        likeliest tokens; nodes are taken by the chance of their path, as Sequoia does with
-        measured rates (arXiv 2402.12374, section 3.1).
-        """
-        chosen: list[tuple[int, ...]] = []
-        heap: list[tuple[float, tuple[int, ...]]] = [(-accept, (0,))]
-        while heap and len(chosen) < nodes - 1:
-            chance, path = heapq.heappop(heap)
-            chosen.append(path)
-            heapq.heappush(heap, (chance * accept, (*path, 0)))
-            heapq.heappush(heap, (chance * rank_decay, (*path[:-1], path[-1] + 1)))
-        ordered = sorted(chosen, key=lambda path: (len(path), path))
-        index = {(): 0} | {path: node for node, path in enumerate(ordered, start=1)}
-        return cls((-1, *(index[path[:-1]] for path in ordered)))
-
-
-@dataclass(frozen=True, eq=False)
-class TreeBatch:
-    """The trees of a batch, packed without padding; all tensors on one device.
-
-    Rows `offsets[b]:offsets[b + 1]` are the nodes of tree b. Drafters that work on the device
-    build this directly and keep the promises of `TokenTree`; `pack` checks trees from the host.
-    """
-
-    tokens: Tensor  # [R] int64
-    parents: Tensor  # [R] int64, index within the own tree, -1 for roots
-    depths: Tensor  # [R] int64
-    ancestors: Tensor  # [R, W] int32, bit j of word w: node 32 * w + j is an ancestor or itself
-    laws: Tensor  # [R] int8, law of the children of each node
-    draft_probs: Tensor | None  # [R, V] float
-    sizes: tuple[int, ...]  # nodes of each tree, known to the host
-    laws_used: frozenset[ProposalLaw]  # all that occur in `laws`, known to the host
-    max_depth: int  # an upper bound known to the host
-    max_children: int  # an upper bound known to the host
-
-    def __post_init__(self) -> None:
-        if len(self.tokens) != sum(self.sizes):
-            raise ValueError(f"sizes: expected to sum to {len(self.tokens)} rows, got {self.sizes}")
-
-    @property
-    def device(self) -> torch.device:
-        return self.tokens.device
-
-    @cached_property
-    def offsets(self) -> Tensor:
-        """[B] int64, first row of every tree."""
-        starts = [0]
-        for size in self.sizes[:-1]:
-            starts.append(starts[-1] + size)
-        return upload(starts, self.device)
-
-    @cached_property
-    def tree(self) -> Tensor:
-        """[R] int64, the tree that each row belongs to."""
-        sizes = upload(self.sizes, self.device)
-        index = torch.arange(len(self.sizes), device=self.device)
-        return torch.repeat_interleave(index, sizes, output_size=len(self.tokens))
-
-    @cached_property
-    def nodes(self) -> Tensor:
-        """[R] int64, index of each row within its own tree."""
-        return torch.arange(len(self.tokens), device=self.device) - self.offsets[self.tree]
-
-    @cached_property
-    def children(self) -> Tensor:
-        """[R, K] int64, rows of each node's children in the order drawn, -1 where absent.
-
-        K is at least 1, so that a batch of bare roots has a table too.
-        """
-        count = len(self.tokens)
-        rows = torch.arange(count, device=self.device)
-        # Roots are filed under an extra row, which is cut off again.
-        parents = torch.where(self.parents < 0, count, self.offsets[self.tree] + self.parents)
-        filed, order = torch.sort(parents, stable=True)
-        rank = rows - torch.searchsorted(filed, filed)
-        width = max(self.max_children, 1)
-        table = rows.new_full((count + 1, width), -1)
-        table[filed, rank.clamp_max(width - 1)] = order
-        return table[:count]
-
-    @classmethod
-    def pack(
-        cls, trees: Sequence[TokenTree], *, vocab_size: int, device: torch.device | str = "cpu"
-    ) -> TreeBatch:
-        """Packs trees built on the host and moves them to the device.
-
-        Raises:
-            ValueError: a token lies outside the vocabulary, or draft probabilities do not cover
-                it.
-        """
-        sizes = tuple(len(tree) for tree in trees)
-        tokens = torch.cat([tree.tokens for tree in trees])
-        if int(tokens.max()) >= vocab_size:
-            raise ValueError(
-                f"tokens: expected ids below the vocabulary size {vocab_size}, "
-                f"got {int(tokens.max())}"
-            )
-        parents = torch.cat([tree.parents for tree in trees])
-        bits = [bits for tree in trees for bits in tree.ancestor_bits]
-        laws = torch.cat([tree.laws for tree in trees])
-        families = [Counter(tree.parents.tolist()[1:]) for tree in trees]
-        return cls(
-            upload(tokens, device),
-            upload(parents, device),
-            upload([b.bit_count() - 1 for b in bits], device),
-            upload(ancestor_words(bits, max(sizes)), device),
-            upload(laws, device),
-            _pack_probs(trees, vocab_size, device),
-            sizes,
-            frozenset(ProposalLaw(law) for law in set(laws.tolist())),
-            max(b.bit_count() for b in bits) - 1,
-            max(max(family.values(), default=0) for family in families),
-        )
-
-
-def _pack_probs(
-    trees: Sequence[TokenTree], vocab_size: int, device: torch.device | str
-) -> Tensor | None:
-    """[R, V] draft probabilities; zeros below nodes whose children were chosen."""
-    if all(tree.draft_probs is None for tree in trees):
-        return None
-    for tree in trees:
-        if tree.draft_probs is not None and tree.draft_probs.shape[1] != vocab_size:
-            raise ValueError(
-                f"draft_probs: expected [{len(tree)}, {vocab_size}], "
-                f"got {list(tree.draft_probs.shape)}"
-            )
-    rows = [
-        torch.zeros(len(tree), vocab_size) if tree.draft_probs is None else tree.draft_probs
-        for tree in trees
-    ]
-    return torch.cat([upload(probs.float(), device) for probs in rows])
-
-
-def ancestor_words(bits: Sequence[int], nodes: int) -> Tensor:
-    """Packs Python integers of `nodes` bits into int32 words: [R, ceil(nodes / 32)], on the CPU."""
-    width = -(-nodes // WORD_BITS)
-    mask, sign, wrap = (1 << WORD_BITS) - 1, 1 << (WORD_BITS - 1), 1 << WORD_BITS
-    words = [
-        [
-            word - wrap if word & sign else word
-            for word in ((b >> WORD_BITS * w) & mask for w in range(width))
-        ]
-        for b in bits
-    ]
-    return torch.tensor(words, dtype=torch.int32)
-
-
-def unpack_words(words: Tensor, nodes: int) -> Tensor:
-    """The bits of int32 words [..., W] as booleans [..., nodes]."""
-    index = torch.arange(nodes, device=words.device)
-    return (words[..., index // WORD_BITS] >> (index % WORD_BITS)) & 1 != 0

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specdec.batch import TreeBatch
 from specdec.noise import Purpose, uniform
 from specdec.sampling import draw
-from specdec.tree import ProposalLaw, TreeBatch
+from specdec.tree import ProposalLaw
 
 ALL_LAWS = frozenset(ProposalLaw)
 

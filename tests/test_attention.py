@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from specdec.attention import AttentionPlan, Backend, tree_attention
+from specdec.batch import TreeBatch
 from specdec.cache import TreeKVCache
 from specdec.pages import LayerShape, PagePool
-from specdec.tree import TokenTree, TreeBatch
+from specdec.tree import TokenTree
 
 CPU = torch.device("cpu")
 PREFIXES = [0, 1, 15, 16, 17, 40]

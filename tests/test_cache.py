@@ -8,11 +8,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from specdec.batch import TreeBatch
 from specdec.cache import NULL_SEQUENCE, Speculation, TreeKVCache
 from specdec.kernels import cache as kernels
 from specdec.pages import LayerShape, OutOfPages, PagePool
 from specdec.transfer import upload
-from specdec.tree import TokenTree, TreeBatch
+from specdec.tree import TokenTree
 
 CPU = torch.device("cpu")
 LAYERS = [

@@ -14,7 +14,7 @@ import specdec
 from specdec import testing
 from specdec.drafters import DraftModel, NGram
 from specdec.testing import TINY, degraded, tiny_model
-from specdec.tree import Topology
+from specdec.topology import Topology
 
 VOCAB = TINY["vocab_size"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False}

@@ -11,7 +11,7 @@ import specdec
 from specdec.drafters import DraftModel
 from specdec.target import Target
 from specdec.testing import ARCHITECTURES, TINY, OracleDrafter, RandomDrafter, degraded, tiny_model
-from specdec.tree import Topology
+from specdec.topology import Topology
 
 pytestmark = pytest.mark.gpu
 

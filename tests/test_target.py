@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 
 import specdec
 from specdec.attention import tree_attention
+from specdec.batch import TreeBatch
 from specdec.support import UnsupportedModel
 from specdec.target import Target
 from specdec.testing import ARCHITECTURES, TINY, OracleDrafter, RandomDrafter, tiny_model
-from specdec.tree import TokenTree, TreeBatch
+from specdec.tree import TokenTree
 
 VOCAB = TINY["vocab_size"]
 
@@ -76,7 +77,7 @@ def test_the_scoring_test_notices_what_attention_leaves_out(
             return torch.zeros_like(query)
         return tree_attention(query, *args, **{**options, part: None})
 
-    monkeypatch.setattr("specdec.target.tree_attention", without)
+    monkeypatch.setattr("specdec.hooks.tree_attention", without)
     assert worst_logit_error(tiny_model(name), torch.randint(1, VOCAB, (20,))) > 1e-2
 
 

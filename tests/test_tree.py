@@ -5,14 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdec.tree import (
-    ProposalLaw,
-    TokenTree,
-    Topology,
-    TreeBatch,
-    ancestor_words,
-    unpack_words,
-)
+from specdec.batch import TreeBatch
+from specdec.bits import ancestor_words
+from specdec.topology import Topology
+from specdec.tree import ProposalLaw, TokenTree
+
+
+def unpack_words(words: torch.Tensor, nodes: int) -> torch.Tensor:
+    index = torch.arange(nodes)
+    return (words[..., index // 32] >> (index % 32)) & 1 != 0
 
 
 @st.composite

@@ -20,10 +20,12 @@ from transformers import (
 
 import specdec
 from specdec import testing, verify
+from specdec.batch import TreeBatch
 from specdec.drafters import DraftModel
 from specdec.noise import Purpose, split_seeds, uniform
 from specdec.sampling import Sampler, draw
-from specdec.tree import ProposalLaw, TokenTree, Topology, TreeBatch
+from specdec.topology import Topology
+from specdec.tree import ProposalLaw, TokenTree
 from specdec.verify import Greedy, MultiRound, Noise, SampleAndMatch, multi_round_law, select_rule
 
 V = 4

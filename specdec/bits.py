@@ -1,0 +1,32 @@
+"""Who is whose ancestor, as bits: Python integers on the host, int32 words on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+WORD_BITS = 32
+
+
+def ancestor_bits(parents: Sequence[int]) -> tuple[int, ...]:
+    """For every node an integer whose bit j says that node j is an ancestor, itself included."""
+    bits: list[int] = []
+    for node, parent in enumerate(parents):
+        bits.append(1 << node | (bits[parent] if parent >= 0 else 0))
+    return tuple(bits)
+
+
+def ancestor_words(bits: Sequence[int], nodes: int) -> Tensor:
+    """Packs Python integers of `nodes` bits into int32 words: [R, ceil(nodes / 32)], on the CPU."""
+    width = -(-nodes // WORD_BITS)
+    mask, sign, wrap = (1 << WORD_BITS) - 1, 1 << (WORD_BITS - 1), 1 << WORD_BITS
+    words = [
+        [
+            word - wrap if word & sign else word
+            for word in ((b >> WORD_BITS * w) & mask for w in range(width))
+        ]
+        for b in bits
+    ]
+    return torch.tensor(words, dtype=torch.int32)
