@@ -36,6 +36,7 @@ from specdec.drafters import DraftModel
 from specdec.testing import degraded
 
 NEAR_TIE = 1e-4
+CONFIGURATIONS = ("prompt-lookup", "ngram-1", "ngram-4", "draft-1", "draft-4")
 
 err = Console(stderr=True)
 
@@ -227,15 +228,15 @@ def show(results: dict[str, dict[str, Tally]]) -> Table:
     return table
 
 
-CONFIGURATIONS = ("prompt-lookup", "ngram-1", "ngram-4", "draft-1", "draft-4")
-
-
 def main(
     prompts: Annotated[Path, typer.Option(help="JSONL in Spec-Bench's form.")],
     model: Annotated[
         str, typer.Option(help="A known name, a folder or a hub id.")
     ] = models.DEFAULT,
-    only: Annotated[list[str] | None, typer.Option(help="Configurations; all by default.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Configurations, all by default: {', '.join(CONFIGURATIONS)}."),
+    ] = None,
     nodes: Annotated[int, typer.Option(help="Nodes of n-gram trees.")] = 32,
     draft_nodes: Annotated[int, typer.Option(help="Nodes of a draft model's trees.")] = 16,
     bits: Annotated[int, typer.Option(help="Bits of the degraded draft model's weights.")] = 4,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.utils import logging as transformers_logging
 
@@ -224,7 +224,7 @@ def demo(
 @models_app.command("list")
 def list_models() -> None:
     """Shows the models that come with a name."""
-    table = Table("name", "what it is", "download", "folder")
+    table = Table("name", "what it is", "download", Column("folder", overflow="fold"))
     for model in models.known():
         size = f"{model.size / 1e6:.0f} MB"
         table.add_row(model.name, model.description, size, str(model.folder or "not fetched"))

@@ -36,15 +36,11 @@ def test_the_custom_drafter_is_short_and_lossless() -> None:
     assert out.stats.accepted > 0
 
 
-def test_the_first_examples_run(
-    smollm2: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_first_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
     exec(blocks()[0], names)
     assert "One, two, three, four." in capsys.readouterr().out
-    plain: Any = smollm2[0]
-    names["model"] = plain
-    exec(blocks()[1].replace("model.generate(", "again = model.generate("), names)
+    exec(blocks()[1].replace("hf_model.generate(", "again = hf_model.generate("), names)
     assert torch.equal(names["again"], names["output"].sequences)
 
 
