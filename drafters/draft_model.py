@@ -145,11 +145,11 @@ class DraftModel(Drafter):
         words = upload(ancestor_words(bits, len(grown.shape) - 1), device)
         nodes = upload(level, device) - 1
         depth = grown.shape.depths[level[0]] - 1
-        member = torch.arange(batch, device=device).repeat_interleave(len(level))
+        nodes = nodes.repeat(batch)
         plan = lease.plan(
-            member,
-            nodes.repeat(batch),
-            torch.full_like(member, depth),
+            [len(level)] * batch,
+            nodes,
+            torch.full_like(nodes, depth),
             words.repeat(batch, 1),
         )
         tokens = grown.tokens[:, level].flatten().to(device)

@@ -22,6 +22,7 @@ def tree_attention(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,  # [Hq]
+    lse: Tensor | None,  # [R, Hq] float32, filled
 ) -> Tensor:  # [R, Hq, Dv]
     """Row r sees the committed prefix of its sequence and its ancestors, itself included.
 
@@ -51,6 +52,8 @@ def tree_attention(
         scores = torch.einsum("hd,khd->hk", query[row].to(compute), k) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
+        if lse is not None:
+            lse[row] = scores.logsumexp(-1)
         if sinks is not None:
             scores = torch.cat([scores, sinks.to(compute)[:, None]], 1)
         weights = scores.softmax(-1)[:, : len(places)]

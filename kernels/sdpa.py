@@ -96,6 +96,7 @@ def tree_attention(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,  # [Hq]
+    lse: Tensor | None,  # [R, Hq] float32, filled
 ) -> Tensor:  # [R, Hq, Dv]
     """See `reference.tree_attention`, the definition."""
     flat_keys, flat_values = keys.flatten(0, 1), values.flatten(0, 1)
@@ -109,10 +110,12 @@ def tree_attention(
         # [n, Hkv, G, Dk] -> [Hkv, G * n, Dk]
         q = q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
         mask = group.mask(window, heads // kv_heads, query.dtype)
-        if softcap is None and sinks is None:
+        if softcap is None and sinks is None and lse is None:
             o = F.scaled_dot_product_attention(q[None], k[None], v[None], mask, scale=scale)[0]
         else:
-            o = _explicit(q, k, v, mask, scale, softcap, sinks, n)
+            o, log_sum = _explicit(q, k, v, mask, scale, softcap, sinks, n)
+            if lse is not None:
+                lse[group.rows] = log_sum.unflatten(1, (-1, n)).permute(2, 0, 1).flatten(1)
         out.append(o.unflatten(1, (-1, n)).permute(2, 0, 1, 3).flatten(1, 2))
     return torch.cat(out) if len(out) > 1 else out[0]
 
@@ -126,15 +129,16 @@ def _explicit(
     softcap: float | None,
     sinks: Tensor | None,
     n: int,
-) -> Tensor:
-    """Scores in full, for what torch's fused attention does not offer."""
+) -> tuple[Tensor, Tensor]:
+    """Scores in full, for what torch's fused attention does not offer; and their log-sum-exp."""
     compute = torch.promote_types(q.dtype, torch.float32)
     scores = (q @ k.transpose(1, 2)).to(compute) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores + mask
+    log_sum = scores.logsumexp(-1)
     if sinks is not None:
         column = sinks.to(compute).view(len(q), -1, 1).expand(-1, -1, n).flatten(1)[..., None]
         scores = torch.cat([scores, column], -1)
-    return scores.softmax(-1)[..., : k.shape[1]].to(v.dtype) @ v
+    return scores.softmax(-1)[..., : k.shape[1]].to(v.dtype) @ v, log_sum

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,28 +16,39 @@ from torch import Tensor
 from specdec.kernels import reference, sdpa
 from specdec.pages import LayerPages
 
-Backend = Literal["auto", "reference", "sdpa"]
+if TYPE_CHECKING:
+    from specdec.kernels.schedule import Schedule, Tiling
+
+Backend = Literal["auto", "reference", "sdpa", "triton"]
+Mode = Literal["sequence", "node", "node_chunk", "flatten", "two_phase", "auto"]
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """All that attention knows about one forward, as device tensors.
+    """All that attention knows about one forward: device tensors, and bounds the host knows.
 
     `page_table` and `prefix_lens` are the cache's own: a plan holds until the next commit.
 
-    Letters: R rows (queries), S sequences of the cache, W words of ancestor bits.
+    Letters: R rows (queries), B requests (runs of rows of one sequence), S sequences of the cache,
+    W words of ancestor bits.
     """
 
     page_table: Tensor  # [S, pages] int64
     prefix_lens: Tensor  # [S] int64, committed tokens of each sequence
     page_size: int
+    row_starts: Tensor  # [B + 1] int32, rows of request b are row_starts[b]:row_starts[b + 1]
     sequence: Tensor  # [R] int64, rows of one sequence side by side
     nodes: Tensor  # [R] int64, place of each row's own key behind the prefix
     ancestors: Tensor | None  # [R, W] int32 over places behind the prefix; None: all up to the own
     slots: Tensor  # [R] int64, where each row's key and value are written
     positions: Tensor  # [R] int64, prefix length + depth
+    max_rows: int  # of one request
+    max_places: int  # keys behind all prefixes together, at most
+    max_prefix: int  # of one sequence, at most
+    shared: bool  # whether prefixes may share pages
     _on_device: dict[torch.device, AttentionPlan] = field(init=False, default_factory=dict)
     _dense: list[sdpa.DenseGroup] = field(init=False, default_factory=list)
+    _schedules: dict[tuple[object, ...], Schedule] = field(init=False, default_factory=dict)
 
     def held(self, last: Tensor | int) -> AttentionPlan:
         """The same plan with no position beyond `last`, [R] int64 or one for all rows.
@@ -55,6 +66,7 @@ class AttentionPlan:
                 self,
                 page_table=self.page_table.to(device),
                 prefix_lens=self.prefix_lens.to(device),
+                row_starts=self.row_starts.to(device),
                 sequence=self.sequence.to(device),
                 nodes=self.nodes.to(device),
                 ancestors=None if self.ancestors is None else self.ancestors.to(device),
@@ -79,6 +91,40 @@ class AttentionPlan:
             )
         return self._dense
 
+    def schedule(
+        self,
+        heads: int,
+        kv_heads: int,
+        window: int | None,
+        mode: Mode,
+        tiling: Tiling,
+        programs: int,
+    ) -> Schedule:
+        """What the `triton` backend needs, worked out at the first layer of its kind."""
+        from specdec.kernels import schedule  # needs Triton
+
+        key = (heads, kv_heads, window, mode, tiling, programs)
+        if key not in self._schedules:
+            self._schedules[key] = schedule.build(
+                self.page_table,
+                self.prefix_lens,
+                self.page_size,
+                self.row_starts,
+                self.sequence,
+                self.nodes,
+                self.ancestors,
+                max_places=self.max_places,
+                max_prefix=self.max_prefix,
+                shared=self.shared,
+                groups=heads // kv_heads,
+                kv_heads=kv_heads,
+                window=window,
+                mode=mode,
+                tiling=tiling,
+                programs=programs,
+            )
+        return self._schedules[key]
+
 
 def tree_attention(
     query: Tensor,
@@ -89,7 +135,9 @@ def tree_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    lse: Tensor | None = None,
     backend: Backend = "auto",
+    mode: Mode = "auto",
 ) -> Tensor:
     """Attention of packed tree nodes to their prefixes and ancestors.
 
@@ -104,14 +152,17 @@ def tree_attention(
             not slots: siblings share one.
         softcap: scores become `softcap * tanh(score / softcap)` before the mask.
         sinks: [Hq], a logit of each head that takes part in the softmax and has no value.
-        backend: `reference`, `sdpa`, or `auto` (`sdpa`).
+        lse: [R, Hq] float32, filled with the natural logarithm of the sum of the exponentials of
+            the scores a row sees, without the sink.
+        backend: `reference`, `sdpa`, `triton`, or `auto`: `triton` on a GPU, else `sdpa`.
+        mode: how `triton` cuts the work; see docs/tree-attention.md. The result is the same.
 
     Returns:
         [R, Hq, Dv] in the dtype of the query.
 
     Raises:
-        ValueError: shapes do not fit, or the backend is unknown. A backend that is asked for by
-            name either runs or raises.
+        ValueError: shapes do not fit, or the backend is unknown or cannot run here. A backend
+            that is asked for by name either runs or raises.
     """
     heads, kv_heads = query.shape[1], pages.keys.shape[2]
     if query.ndim != 3 or heads % kv_heads or query.shape[2] != pages.keys.shape[3]:
@@ -123,11 +174,19 @@ def tree_attention(
         raise ValueError(f"query: the plan has {len(plan.slots)} rows, got {len(query)}")
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1 position, got {window}")
+    if lse is not None and (lse.shape != query.shape[:2] or lse.dtype != torch.float32):
+        raise ValueError(
+            f"lse: expected {list(query.shape[:2])} float32, got {list(lse.shape)} {lse.dtype}"
+        )
     scale = 1 / math.sqrt(query.shape[2]) if scale is None else scale
+    if backend == "auto":
+        backend = "triton" if query.is_cuda else "sdpa"
     match backend:
-        case "auto" | "sdpa":
+        case "triton":
+            return _triton(query, pages, plan, scale, window, softcap, sinks, lse, mode)
+        case "sdpa":
             return sdpa.tree_attention(
-                query, pages.keys, pages.values, plan.dense, scale, window, softcap, sinks
+                query, pages.keys, pages.values, plan.dense, scale, window, softcap, sinks, lse
             )
         case "reference":
             return reference.tree_attention(
@@ -143,6 +202,34 @@ def tree_attention(
                 window,
                 softcap,
                 sinks,
+                lse,
             )
         case _:
-            raise ValueError(f"backend: expected auto, reference or sdpa, got {backend!r}")
+            raise ValueError(
+                f"backend: expected auto, reference, sdpa or triton, got {backend!r}"
+            )
+
+
+def _triton(
+    query: Tensor,
+    pages: LayerPages,
+    plan: AttentionPlan,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    lse: Tensor | None,
+    mode: Mode,
+) -> Tensor:
+    from specdec.kernels import flash, tiles  # need Triton
+
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode: expected {', '.join(get_args(Mode))}, got {mode!r}")
+    heads, kv_heads = query.shape[1], pages.keys.shape[2]
+    tiling, programs = tiles.choose(
+        query, pages.keys, pages.values, plan.max_rows, len(plan.row_starts) - 1, plan.shared
+    )
+    schedule = plan.schedule(heads, kv_heads, window, mode, tiling, programs)
+    return flash.tree_attention(
+        query, pages.keys, pages.values, schedule, scale, softcap, sinks, lse
+    )

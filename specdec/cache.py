@@ -225,26 +225,27 @@ class Speculation:
 
     def plan_trees(self, trees: TreeBatch) -> AttentionPlan:
         """The plan of a forward over whole trees, tree b for sequence b."""
-        return self.plan(trees.tree, trees.nodes, trees.depths, trees.ancestors)
+        return self.plan(trees.sizes, trees.nodes, trees.depths, trees.ancestors)
 
     def plan_chains(self) -> AttentionPlan:
         """The plan of a forward over all leased rows, each sequence's a chain of any length."""
-        sizes = upload(self.rows, self.cache.device)
-        index = torch.arange(len(self.rows), device=self.cache.device)
-        member = torch.repeat_interleave(index, sizes, output_size=sum(self.rows))
-        starts = torch.cumsum(sizes, 0) - sizes
-        nodes = torch.arange(sum(self.rows), device=self.cache.device) - starts[member]
-        return self.plan(member, nodes, nodes, None)
+        nodes = torch.cat([torch.arange(rows) for rows in self.rows])
+        nodes = upload(nodes, self.cache.device)
+        return self.plan(self.rows, nodes, nodes, None)
 
     def plan(
-        self, member: Tensor, nodes: Tensor, depths: Tensor, ancestors: Tensor | None
+        self,
+        counts: Sequence[int],
+        nodes: Tensor,
+        depths: Tensor,
+        ancestors: Tensor | None,
     ) -> AttentionPlan:
         """The plan of a forward over some of the leased rows.
 
         Args:
-            member: [R] int64, index into `sequences`; rows of one sequence side by side. -1 for
-                rows that only fill up a batch: with no ancestor but themselves they see, and
-                write, nothing but the trash page.
+            counts: how many of the R rows each of `sequences` has; first those of the first
+                sequence. Rows behind them only fill up a batch: with no ancestor but themselves
+                they see, and write, nothing but the trash page.
             nodes: [R] int64, the leased row of each query, which is also its key's place.
             depths: [R] int64, distance from the committed end.
             ancestors: [R, W] int32 bit words over the leased rows, the own bit included; None for
@@ -252,18 +253,34 @@ class Speculation:
         """
         self._check_open()
         cache = self.cache
-        real = self._sequence_index[member.clamp_min(0)]
-        sequence = torch.where(member < 0, NULL_SEQUENCE, real)
+        fill = len(nodes) - sum(counts)
+        if len(counts) != len(self._members) or fill < 0:
+            raise ValueError(
+                f"counts: expected {len(self._members)} with a sum of at most {len(nodes)} rows, "
+                f"got {list(counts)}"
+            )
+        numbers = [*self.sequences, NULL_SEQUENCE] if fill else self.sequences
+        counts = [*counts, fill] if fill else counts
+        owner, starts = [], [0]
+        for number, count in zip(numbers, counts, strict=True):
+            owner += [number] * count
+            starts.append(len(owner))
+        sequence = upload(owner, cache.device)
         prefix = cache.lengths[sequence]
         return AttentionPlan(
             page_table=cache.page_table,
             prefix_lens=cache.lengths,
             page_size=cache.pool.page_size,
+            row_starts=upload(torch.tensor(starts, dtype=torch.int32), cache.device),
             sequence=sequence,
             nodes=nodes,
             ancestors=ancestors,
             slots=cache.slots(sequence, prefix + nodes),
             positions=prefix + depths,
+            max_rows=max(counts),
+            max_places=sum(self.rows) + fill,
+            max_prefix=max(member.bound for member in self._members),
+            shared=any(cache.pool.is_shared(m.pages[0]) for m in self._members if m.pages),
         )
 
     def commit(self, paths: Tensor | None = None) -> None:

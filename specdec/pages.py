@@ -156,6 +156,10 @@ class PagePool:
         for page in pages:
             self._references[page] += 1
 
+    def is_shared(self, page: int) -> bool:
+        """Whether more than one owner holds the page."""
+        return self._references[page] > 1
+
     def free(self, pages: Sequence[int]) -> None:
         """Drops one reference from each page; a page without references can be handed out again.
 

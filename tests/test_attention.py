@@ -209,7 +209,7 @@ def test_non_ancestors_are_bitwise_irrelevant(backend: Backend) -> None:
 
 def test_wrong_arguments_are_named() -> None:
     case = Case()
-    with pytest.raises(ValueError, match="backend: expected auto, reference or sdpa, got 'flash'"):
+    with pytest.raises(ValueError, match="backend: expected auto, reference, sdpa or triton, got 'flash'"):
         case.run("flash")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="window: expected at least 1 position, got 0"):
         case.run("auto", window=0)
@@ -229,7 +229,7 @@ def test_padding_rows_see_themselves_and_change_nothing(backend: Backend) -> Non
     own = torch.zeros(pads, batch.ancestors.shape[1], dtype=torch.int32)
     own[:, 0] = torch.tensor([1, 2, 4])
     plan = case.lease.plan(
-        torch.cat([batch.tree, torch.full((pads,), -1)]),
+        batch.sizes,
         torch.cat([batch.nodes, torch.arange(pads)]),
         torch.cat([batch.depths, torch.zeros(pads, dtype=torch.int64)]),
         torch.cat([batch.ancestors, own]),

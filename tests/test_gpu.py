@@ -58,7 +58,6 @@ def test_a_step_commits_without_waiting_for_the_device() -> None:
     cache = target.cache
     sequences = [cache.admit(), cache.admit()]
     paths = torch.tensor([[0, 2, -1], [0, -1, -1]]).cuda()
-    member = torch.tensor([0, 0, 0, 1, 1, 1]).cuda()
     nodes = torch.tensor([0, 1, 2, 0, 1, 2]).cuda()
     with cache.speculate(sequences, [40, 40]) as lease:  # allocates the pages
         lease.rollback()
@@ -67,7 +66,7 @@ def test_a_step_commits_without_waiting_for_the_device() -> None:
     try:
         for _ in range(3):
             with cache.speculate(sequences, [3, 3]) as lease:
-                lease.plan(member, nodes, nodes, None)
+                lease.plan([3, 3], nodes, nodes, None)
                 lease.commit(paths)
     finally:
         torch.cuda.set_sync_debug_mode("default")

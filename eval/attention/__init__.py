@@ -1,0 +1,1 @@
+"""The attention benchmark: cases, peers, a clock, and a report."""

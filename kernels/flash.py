@@ -1,0 +1,471 @@
+"""Flash tree attention in Triton over the work list of `specdec.kernels.schedule`.
+
+One persistent launch: each program works through its interval of steps. Prefix tiles need no mask;
+only loose keys (the end of a prefix, and trees) are tested one by one. Rows are query tokens times
+the heads of a group, so keys are read once for the whole group. Pieces of cut columns leave their
+normalised result and log-sum-exp, which are merged by gathering, in a fixed order, with the true
+maximum: the same inputs give the same bits. The merge is a second launch, or follows a barrier of
+all programs in the first.
+
+Online softmax and split merging: FlashAttention-2 (arXiv 2307.08691) and Flash-Decoding; keys grouped
+with all queries that see them: DeFT (arXiv 2404.00242), ChunkAttention (arXiv 2402.15220).
+
+Letters: R rows (query tokens), Hq/Hkv query and key/value heads, G = Hq / Hkv, DK/DV head dims,
+P pages, M packed rows of a block, N keys of a tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specdec.kernels.schedule import (
+    ALONE,
+    BLOCKS,
+    COLUMN0,
+    FIRST_ROW,
+    ITEM_FIELDS,
+    ITEM_INDEX,
+    KEY0,
+    LOOSE,
+    OWNER,
+    PARENT,
+    PLACE_BITS,
+    PLACE_MASK,
+    PLACE_ZERO,
+    QUOTA,
+    SPAN,
+    START,
+    STEP,
+    STEPS,
+    STOP,
+    TILE0,
+    TILES,
+    TOKENS,
+    WORKER0,
+    WORKER_FIELDS,
+    WORKERS,
+    Schedule,
+)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NEVER = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def _scores(qk, scale, softcap, SOFTCAP: tl.constexpr):
+    """Scores in units of log 2, so that exp2 applies."""
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (exp(2x) + 1)
+        scores = softcap * LOG2E * (1 - 2 / (tl.exp2(qk * (scale / softcap * 2 * LOG2E)) + 1))
+    else:
+        scores = qk * (scale * LOG2E)
+    return scores
+
+
+@triton.jit
+def _page(table, t, stop, tile, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The page of tile `t`, or of each of its keys where pages are smaller than tiles."""
+    have = t < stop
+    if PAGE >= BLOCK_N:
+        page = tl.load(table + t * BLOCK_N // PAGE, mask=have, other=0)
+    else:
+        page = tl.load(table + (t * BLOCK_N + tile) // PAGE, mask=have & (tile >= 0), other=0)
+    return page
+
+
+@triton.jit
+def _dense(
+    PAGES, page, t, tile, dims, token, D: tl.constexpr, DP: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Tile `t` of a sequence's keys or values: [N, DP], zeros behind dimension D."""
+    if PAGE >= BLOCK_N:
+        first = page * PAGE + t * BLOCK_N % PAGE
+        at = PAGES + first * token + (tile[:, None] * token + dims[None, :])
+    else:
+        slots = page * PAGE + (t * BLOCK_N + tile) % PAGE
+        at = PAGES + slots[:, None] * token + dims[None, :]
+    if D == DP:
+        rows = tl.load(at)
+    else:
+        rows = tl.load(at, mask=dims[None, :] < D, other=0.0)
+    return rows
+
+
+@triton.jit
+def _loose(PAGES, slots, dims, token, D: tl.constexpr):
+    """Keys or values one by one: [N, DP], zeros where the slot is -1."""
+    at = PAGES + slots[:, None].to(tl.int64) * token + dims[None, :]
+    return tl.load(at, mask=(slots[:, None] >= 0) & (dims[None, :] < D), other=0.0)
+
+
+@triton.jit
+def _accumulate(
+    acc, peak, total, scores, v,
+    q_dtype: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One step of online softmax; `scores` [M, N] in log 2, -inf where a row does not see a key."""
+    new = tl.maximum(peak, tl.max(scores, 1))
+    base = new
+    if MASKED:  # a row that has seen nothing yet must not compute inf - inf
+        base = tl.where(new == NEVER, 0.0, new)
+    p = tl.exp2(scores - base[:, None])
+    fade = tl.exp2(peak - base)
+    total = total * fade + tl.sum(p, 1)
+    acc = tl.dot(p.to(q_dtype), v.to(q_dtype), acc * fade[:, None], input_precision=PRECISION)
+    return acc, new, total
+
+
+@triton.jit
+def _merge_kernel(
+    OUT,
+    LSE,
+    PART,
+    STATES,
+    HEADER,
+    ITEMS,
+    ROW_TABLE,
+    SINKS,
+    rows,
+    HQ: tl.constexpr,
+    G: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    PDL: tl.constexpr,
+    MERGE_ROWS: tl.constexpr,
+    MERGE_PIECES: tl.constexpr,
+):
+    """Gathers the pieces of some (row, head) pairs, innermost item first, in order of keys."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    index = tl.program_id(0) * MERGE_ROWS + tl.arange(0, MERGE_ROWS)
+    row, head = index // HQ, index % HQ
+    real = row < rows
+    at = ROW_TABLE + row * ITEM_FIELDS
+    inside = real
+    quota = tl.load(HEADER + QUOTA)
+    dims = tl.arange(0, DVP)
+    order = tl.arange(0, MERGE_PIECES)
+    acc = tl.zeros([MERGE_ROWS, DVP], tl.float32)
+    peak = tl.full([MERGE_ROWS], NEVER, tl.float32)
+    total = tl.zeros([MERGE_ROWS], tl.float32)
+    done = tl.zeros([MERGE_ROWS], tl.int1)
+    while tl.max(inside.to(tl.int32), 0) > 0:
+        steps = tl.load(at + STEPS, mask=inside, other=0)
+        packed = (row - tl.load(at + FIRST_ROW, mask=inside, other=0)) * G + head % G
+        column = head // G * tl.load(at + BLOCKS, mask=inside, other=0) + packed // BLOCK_M
+        start = tl.load(at + START, mask=inside, other=0) + column * steps
+        span = tl.load(at + SPAN, mask=inside, other=1)
+        count = (steps - 1) // tl.maximum(span, 1) + 1
+        first = tl.load(at + WORKER0, mask=inside, other=0) + column * count
+        all_cut = span == 0
+        first = tl.where(all_cut, start // quota, first)
+        count = tl.where(all_cut, (start + steps - 1) // quota - first + 1, count)
+        count = tl.where(inside & (steps > 0), count, 0)
+        alone = tl.load(at + ALONE, mask=inside, other=0)
+        done = done | ((alone > 0) & (count == 1))  # written by the only piece
+        count = tl.where(done, 0, count)
+        slot = tl.load(at + COLUMN0, mask=inside, other=0) + column + first
+        if PDL:  # the work list is older than the launch before; its partial results are not
+            tl.extra.cuda.gdc_wait()
+        for k in range(0, tl.max(count, 0), MERGE_PIECES):
+            have = (k + order)[None, :] < count[:, None]
+            place = (slot[:, None] + k + order[None, :]) * BLOCK_M + (packed % BLOCK_M)[:, None]
+            lse = tl.load(STATES + place * 2, mask=have, other=NEVER)
+            size = tl.load(STATES + place * 2 + 1, mask=have, other=0.0)
+            at_part = PART + place[:, :, None].to(tl.int64) * DV + dims[None, None, :]
+            mask = have[:, :, None] & (dims[None, None, :] < DV)
+            part = tl.load(at_part, mask=mask, other=0.0).to(tl.float32)
+            new = tl.maximum(peak, tl.max(lse, 1))
+            base = tl.where(new == NEVER, 0.0, new)
+            weight = tl.exp2(lse - base[:, None])
+            fade = tl.exp2(peak - base)
+            acc = acc * fade[:, None] + tl.sum(part * (weight * size)[:, :, None], 1)
+            total = total * fade + tl.sum(weight, 1)
+            peak = new
+        parent = tl.load(at + PARENT, mask=inside, other=-1)
+        at = ITEMS + parent * ITEM_FIELDS
+        inside = parent >= 0
+    write = real & (done == 0)
+    if HAS_LSE:
+        tl.store(LSE + index, (peak + tl.log2(total)) * LN2, mask=write)
+    if HAS_SINKS:
+        sink = tl.load(SINKS + head, mask=real, other=0.0).to(tl.float32) * LOG2E
+        new = tl.maximum(peak, sink)
+        fade = tl.exp2(peak - new)
+        total = total * fade + tl.exp2(sink - new)
+        acc = acc * fade[:, None]
+    out = acc / total[:, None]
+    at_out = OUT + index[:, None].to(tl.int64) * DV + dims[None, :]
+    tl.store(at_out, out.to(OUT.dtype.element_ty), mask=write[:, None] & (dims[None, :] < DV))
+
+
+@triton.jit
+def _attend_kernel(
+    Q,
+    K,
+    V,
+    OUT,
+    LSE,
+    PART,
+    STATES,
+    HEADER,
+    ITEMS,
+    WORKER_TABLE,
+    TABLE,
+    KEY_SLOTS,
+    KEY_TAGS,
+    ROW_REQUESTS,
+    ROW_DEPTHS,
+    WORDS,
+    PREFIX_LENS,
+    SINKS,
+    COUNTER,
+    scale,
+    softcap,
+    table_width,
+    q_row,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    HQ: tl.constexpr,
+    G: tl.constexpr,
+    DK: tl.constexpr,
+    DKP: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    PAGE: tl.constexpr,
+    W: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LOOSE_N: tl.constexpr,
+    LOOSE_STAGES: tl.constexpr,
+    LOOSE_STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    workers = tl.load(HEADER + WORKERS)
+    q_dtype: tl.constexpr = Q.dtype.element_ty
+    PRECISION: tl.constexpr = "ieee" if q_dtype == tl.float32 else "tf32"
+    k_dims, v_dims = tl.arange(0, DKP), tl.arange(0, DVP)
+    block_rows, tile = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    loose_tile = tl.arange(0, LOOSE_N)
+
+    for worker in range(program, workers, programs):
+        at = WORKER_TABLE + worker * WORKER_FIELDS
+        step = tl.load(at + STEP)
+        stop = tl.load(at + STOP)
+        item = tl.load(at + ITEM_INDEX)
+        while step < stop:
+            start = tl.load(at + START)
+            steps = tl.load(at + STEPS)
+            blocks = tl.load(at + BLOCKS)
+            row0 = tl.load(at + FIRST_ROW)
+            tokens = tl.load(at + TOKENS)
+            owner = tl.load(at + OWNER)
+            tile0 = tl.load(at + TILE0)
+            tiles = tl.load(at + TILES)
+            key0 = tl.load(at + KEY0)
+            loose = tl.load(at + LOOSE)
+            alone = tl.load(at + ALONE)
+            column0 = tl.load(at + COLUMN0)
+            column = (step - start) // tl.maximum(steps, 1)
+            begin = step - start - column * steps
+            end = tl.minimum(steps, begin + stop - step)
+            head = column // tl.maximum(blocks, 1)
+            block = column - head * blocks
+
+            packed = block * BLOCK_M + block_rows
+            row = row0 + packed // G
+            query_head = head * G + packed % G
+            real = packed < tokens * G
+            if PDL:  # the work list is older than the launch before; queries and keys are not
+                tl.extra.cuda.gdc_wait()
+            row_request = tl.load(ROW_REQUESTS + row, mask=real, other=-2)
+            at_q = Q + row[:, None].to(tl.int64) * q_row + query_head[:, None] * q_head
+            q = tl.load(
+                at_q + k_dims[None, :], mask=real[:, None] & (k_dims[None, :] < DK), other=0.0
+            )
+            if WINDOW > 0:
+                depth = tl.load(ROW_DEPTHS + row, mask=real, other=0)
+                position = depth + tl.load(PREFIX_LENS + owner).to(tl.int32)
+            acc = tl.zeros([BLOCK_M, DVP], tl.float32)
+            peak = tl.full([BLOCK_M], NEVER, tl.float32)
+            total = tl.zeros([BLOCK_M], tl.float32)
+            keys = K + head * k_head
+            values = V + head * v_head
+
+            # Prefix tiles: every row sees every key. The page is fetched one step ahead.
+            table = TABLE + owner.to(tl.int64) * table_width
+            first = tile0 + tl.minimum(begin, tiles)
+            last = tile0 + tl.minimum(end, tiles)
+            page = _page(table, first, last, tile, PAGE, BLOCK_N)
+            for t in tl.range(first, last, num_stages=STAGES):
+                now = page
+                page = _page(table, t + 1, last, tile, PAGE, BLOCK_N)
+                k = _dense(keys, now, t, tile, k_dims, k_token, DK, DKP, PAGE, BLOCK_N)
+                qk = tl.dot(q, tl.trans(k).to(q_dtype), input_precision=PRECISION)
+                scores = _scores(qk, scale, softcap, SOFTCAP)
+                if WINDOW > 0:
+                    far = position[:, None] - (t * BLOCK_N + tile)[None, :] >= WINDOW
+                    scores = tl.where(far, NEVER, scores)
+                v = _dense(values, now, t, tile, v_dims, v_token, DV, DVP, PAGE, BLOCK_N)
+                acc, peak, total = _accumulate(
+                    acc, peak, total, scores, v, q_dtype, PRECISION, WINDOW > 0
+                )
+            if COUNT:
+                tl.atomic_add(COUNTER, (tl.maximum(last - first, 0) * BLOCK_N).to(tl.int64))
+
+            # Loose keys: ends of prefixes and trees.
+            loose_begin = (tl.maximum(begin - tiles, 0) + LOOSE_STEPS - 1) // LOOSE_STEPS
+            loose_end = (tl.maximum(end - tiles, 0) + LOOSE_STEPS - 1) // LOOSE_STEPS * BLOCK_N
+            loose_begin = loose_begin * (BLOCK_N // LOOSE_N)
+            loose_end = (tl.minimum(loose_end, loose) + LOOSE_N - 1) // LOOSE_N
+            for t in tl.range(loose_begin, loose_end, num_stages=LOOSE_STAGES):
+                key = key0 + t * LOOSE_N + loose_tile
+                slots = tl.load(KEY_SLOTS + key, mask=key < key0 + loose, other=-1)
+                tag = tl.load(KEY_TAGS + key, mask=key < key0 + loose, other=-1)
+                place = (tag & PLACE_MASK) - PLACE_ZERO
+                k = _loose(keys, slots, k_dims, k_token, DK)
+                v = _loose(values, slots, v_dims, v_token, DV)
+                qk = tl.dot(q, tl.trans(k).to(q_dtype), input_precision=PRECISION)
+                scores = _scores(qk, scale, softcap, SOFTCAP)
+                sees = row_request[:, None] == (tag >> PLACE_BITS)[None, :]
+                if CAUSAL or WINDOW > 0:
+                    row_depth = tl.load(ROW_DEPTHS + row, mask=real, other=0)
+                    back = row_depth[:, None] - place[None, :]
+                if CAUSAL:
+                    sees = sees & (back >= 0)
+                    if WINDOW > 0:
+                        sees = sees & (back < WINDOW)
+                else:
+                    bits = tl.zeros([BLOCK_M, LOOSE_N], tl.int32)
+                    for word in tl.static_range(W):
+                        row_word = tl.load(WORDS + row * W + word, mask=real, other=0)
+                        here = (place >> 5) == word
+                        bits = tl.where(here[None, :], row_word[:, None], bits)
+                    ancestor = ((bits >> (place & 31)[None, :]) & 1) != 0
+                    if WINDOW > 0:
+                        sees = sees & tl.where(place[None, :] < 0, back < WINDOW, ancestor)
+                    else:
+                        sees = sees & ((place[None, :] < 0) | ancestor)
+                scores = tl.where(sees, scores, NEVER)
+                acc, peak, total = _accumulate(acc, peak, total, scores, v, q_dtype, PRECISION, True)
+                if COUNT:
+                    tl.atomic_add(COUNTER, tl.sum((slots >= 0).to(tl.int64), 0))
+
+            whole = (begin == 0) & (end == steps) & (alone > 0)
+            lse = peak + tl.log2(total)
+            if whole:
+                if HAS_LSE:
+                    tl.store(LSE + row * HQ + query_head, lse * LN2, mask=real)
+                if HAS_SINKS:
+                    sink = tl.load(SINKS + query_head, mask=real, other=0.0).to(tl.float32) * LOG2E
+                    new = tl.maximum(peak, sink)
+                    fade = tl.exp2(peak - new)
+                    total = total * fade + tl.exp2(sink - new)
+                    acc = acc * fade[:, None]
+                at_out = OUT + (row * HQ + query_head)[:, None].to(tl.int64) * DV + v_dims[None, :]
+                out = acc / total[:, None]
+                mask_out = real[:, None] & (v_dims[None, :] < DV)
+                tl.store(at_out, out.to(OUT.dtype.element_ty), mask=mask_out)
+            else:
+                place = (column0 + column + worker) * BLOCK_M + block_rows
+                part = acc / tl.where(total == 0, 1.0, total)[:, None]
+                size = tl.full([BLOCK_M], 1.0, tl.float32)
+                if PART.dtype.element_ty != tl.float32:
+                    # Half the bytes. Scaled by the row's largest value, nothing can overflow.
+                    size = tl.max(tl.abs(part), 1)
+                    part = part / tl.where(size == 0, 1.0, size)[:, None]
+                tl.store(STATES + place * 2, lse, mask=real)
+                tl.store(STATES + place * 2 + 1, size, mask=real)
+                at_part = PART + place[:, None].to(tl.int64) * DV + v_dims[None, :]
+                mask_part = real[:, None] & (v_dims[None, :] < DV)
+                tl.store(at_part, part.to(PART.dtype.element_ty), mask=mask_part)
+            step += end - begin
+            if step == start + steps * blocks * (HQ // G):
+                item += 1
+                # Items without work are not in anyone's interval.
+                while (tl.load(ITEMS + item * ITEM_FIELDS + STEPS, mask=step < stop, other=1) == 0):
+                    item += 1
+                at = ITEMS + item * ITEM_FIELDS
+
+
+def tree_attention(
+    query: Tensor,  # [R, Hq, Dk], the last dimension contiguous
+    keys: Tensor,  # [P, page_size, Hkv, Dk], pages contiguous
+    values: Tensor,  # [P, page_size, Hkv, Dv]
+    schedule: Schedule,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,  # [Hq]
+    lse: Tensor | None = None,  # [R, Hq] float32, filled
+    counter: Tensor | None = None,  # [1] int64, grows by the keys that all programs load
+    out: Tensor | None = None,
+) -> Tensor:  # [R, Hq, Dv]
+    """See `reference.tree_attention`, the definition."""
+    rows, heads, dk = query.shape
+    kv_heads, dv = values.shape[2:]
+    tiling = schedule.tiling
+    out = query.new_empty(rows, heads, dv) if out is None else out
+    half = torch.float32 if query.dtype == torch.float32 else torch.float16
+    part = query.new_empty(schedule.slots, tiling.block_m, dv, dtype=half)
+    states = query.new_empty(schedule.slots, tiling.block_m, 2, dtype=torch.float32)
+    # Dependent launch: a kernel starts while the one before ends, and waits where it needs it. The
+    # work list must be complete by then, so its first user starts in the ordinary way.
+    dependent = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0)
+    early = dependent and schedule.used
+    schedule.used = True
+    same = {
+        "HQ": heads, "G": heads // kv_heads, "DV": dv, "DVP": triton.next_power_of_2(dv),
+        "BLOCK_M": tiling.block_m,         "HAS_SINKS": sinks is not None, "HAS_LSE": lse is not None, "PDL": dependent,
+    }  # fmt: skip
+    nothing = states
+    _attend_kernel[(schedule.programs,)](
+        query, keys, values, out, nothing if lse is None else lse, part, states,
+        schedule.header, schedule.items, schedule.workers,
+        schedule.page_table, schedule.key_slots, schedule.key_tags,
+        schedule.row_requests, schedule.row_depths, schedule.words, schedule.prefix_lens,
+        nothing if sinks is None else sinks, nothing if counter is None else counter,
+        scale, softcap or 1.0, schedule.page_table.shape[1],
+        query.stride(0), query.stride(1),
+        keys.stride(1), keys.stride(2), values.stride(1), values.stride(2),
+        DK=dk, DKP=triton.next_power_of_2(dk), PAGE=schedule.page_size,
+        W=schedule.words.shape[-1] if schedule.words.ndim == 2 else 1,
+        CAUSAL=schedule.causal, WINDOW=schedule.window or 0, SOFTCAP=softcap is not None,
+        BLOCK_N=tiling.block_n, LOOSE_N=tiling.loose_n,
+        LOOSE_STAGES=tiling.loose_stages, LOOSE_STEPS=tiling.loose_steps, STAGES=tiling.stages,
+        COUNT=counter is not None, **same,
+        num_warps=tiling.warps, **({"launch_pdl": True} if early else {}),
+    )  # fmt: skip
+    # About as many pieces at a time as a column has; one warp holds all of a row's.
+    columns = max(triton.cdiv(rows * heads, tiling.block_m), schedule.requests * kv_heads)
+    pieces = min(32, max(8, triton.next_power_of_2(schedule.programs // columns)))
+    merge_rows = 4 if rows * heads >= 8192 else 1
+    _merge_kernel[(triton.cdiv(rows * heads, merge_rows),)](
+        out, nothing if lse is None else lse, part, states,
+        schedule.header, schedule.items, schedule.rows,
+        nothing if sinks is None else sinks, rows, **same,
+        MERGE_ROWS=merge_rows, MERGE_PIECES=pieces,
+        num_warps=merge_rows, **({"launch_pdl": True} if dependent else {}),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,635 @@
+"""Builds the work list of the Triton tree attention on the device, in three small launches.
+
+`specdec.kernels.partition` states in plain Python what each mode means; this is the same thing from
+device tensors with static shapes, so that it never waits for the host and can be captured.
+
+A *tile* is `block_n` keys of a sequence, counted from its first; a *step* is one tile against
+`block_m` packed rows (query tokens x heads of a group); a *column* is all steps of the same rows
+and key/value head; an *item* is all columns of one node of the prefix tree. Steps are numbered item
+by item, column by column; a *worker* takes an interval of them. Where a column is cut, or rows have
+several items, each piece leaves a partial result in slot `column + worker`, which is unique because
+from one piece to the next either the column or the worker advances.
+
+How the prefix tree is found without building one: `common[k]` is the number of leading tiles that
+request k shares with request k - 1. The nodes of the tree are the intervals of requests between
+nearest smaller values of that array, as in a suffix array.
+
+Letters: B requests, R rows, W words of ancestor bits, X slots for items (2 per request).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+Mode = Literal["sequence", "node", "node_chunk", "flatten", "two_phase", "auto"]
+MODES: tuple[Mode, ...] = ("sequence", "node", "node_chunk", "flatten", "two_phase", "auto")
+
+# Columns of the request table.
+ROW0, ROWS, SEQUENCE, PREFIX, KEYS, COMMON = (tl.constexpr(c) for c in range(6))
+REQUEST_FIELDS = tl.constexpr(8)
+
+# Columns of the item table.
+START = tl.constexpr(0)  # first step
+STEPS = tl.constexpr(1)  # of each column
+BLOCKS = tl.constexpr(2)  # of block_m packed rows
+FIRST_ROW = tl.constexpr(3)
+TOKENS = tl.constexpr(4)  # query tokens
+OWNER = tl.constexpr(5)  # the sequence whose page table is read
+TILE0 = tl.constexpr(6)  # first dense tile
+TILES = tl.constexpr(7)  # dense tiles: every row sees every key
+KEY0 = tl.constexpr(8)  # first entry of the key table
+LOOSE = tl.constexpr(9)  # entries of the key table, masked one by one
+PARENT = tl.constexpr(10)  # the item of the enclosing node, -1 for none
+ALONE = tl.constexpr(11)  # no other item has these rows
+COLUMN0 = tl.constexpr(12)  # first column
+WORKER0 = tl.constexpr(13)  # first worker, where each column is cut
+SPAN = tl.constexpr(14)  # steps of a worker, where each column is cut; 0 where all steps are
+ITEM_FIELDS = tl.constexpr(16)
+
+# Columns of the worker table: its first item, copied, so that one load finds all; then
+STEP = tl.constexpr(16)  # first step
+STOP = tl.constexpr(17)  # end of the interval
+ITEM_INDEX = tl.constexpr(18)
+WORKER_FIELDS = tl.constexpr(32)
+
+# Entries of the header.
+QUOTA = tl.constexpr(0)  # steps of a worker, where all steps are cut
+WORKERS = tl.constexpr(1)
+TOTAL = tl.constexpr(2)
+WHOLE_CUT = tl.constexpr(3)  # whether all steps are cut, rather than each column
+HEADER_FIELDS = tl.constexpr(16)
+
+# Modes, as the kernels know them.
+SEQUENCE_MODE, NODE, NODE_CHUNK, FLATTEN, TWO_PHASE, AUTO = (tl.constexpr(c) for c in range(6))
+
+UNLIMITED = tl.constexpr(1 << 30)
+
+
+# A key's request and its place behind the prefix (negative within it), in one number.
+PLACE_BITS = tl.constexpr(20)
+PLACE_MASK = tl.constexpr((1 << 20) - 1)
+PLACE_ZERO = tl.constexpr(256)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The shape of the kernel: what is fixed when it is compiled or launched."""
+
+    block_m: int  # packed rows of a step
+    block_n: int  # keys of a step
+    warps: int
+    stages: int  # of the pipeline that loads keys and values
+    ctas: int  # programs for each multiprocessor
+    loose_n: int = 32  # loose keys of a turn
+    loose_stages: int = 1
+    loose_steps: int = 2  # a tile of loose keys is as much work as so many dense ones
+
+
+@dataclass(eq=False)
+class Schedule:
+    """The work list, as device tensors; see the columns above."""
+
+    mode: Mode
+    tiling: Tiling
+    window: int | None
+    causal: bool
+    programs: int
+    requests: int
+    header: Tensor  # [16] int32
+    items: Tensor  # [2B, 16] int32
+    workers: Tensor  # [workers, 32] int32
+    key_slots: Tensor  # [keys] int32, -1 for none
+    key_tags: Tensor  # [keys] int32, request and place in one number
+    rows: Tensor  # [R, 16] int32, the innermost item of each row, copied
+    row_requests: Tensor  # [R] int32
+    row_depths: Tensor  # [R] int32
+    words: Tensor  # [R, W] int32, ancestors within the window
+    page_table: Tensor  # [S, pages]
+    prefix_lens: Tensor  # [S]
+    page_size: int
+    slots: int  # room for partial results
+    used: bool = False  # by a launch of attention
+
+
+@triton.jit
+def _popcount(x):
+    x = x.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def _requests(
+    ROW_STARTS,
+    SEQUENCES,
+    NODES,
+    ANCESTORS,
+    PREFIX_LENS,
+    TABLE,
+    table_width,
+    REQUESTS,
+    DEPTHS,
+    WINDOWED,
+    SEEN,
+    W: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SHARED: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGES: tl.constexpr,
+):
+    """One program a request: its facts, the depths of its rows, and what it shares with the last."""
+    request = tl.program_id(0)
+    row0 = tl.load(ROW_STARTS + request).to(tl.int32)
+    end = tl.load(ROW_STARTS + request + 1).to(tl.int32)
+    sequence = tl.load(SEQUENCES + row0, mask=row0 < end, other=0).to(tl.int32)
+    prefix = tl.load(PREFIX_LENS + sequence).to(tl.int32)
+    prefix = tl.where(row0 < end, prefix, 0)
+    keys = 0
+    if not CAUSAL:
+        for word in range(W):
+            seen = tl.zeros([BLOCK], tl.int32)
+            for first in range(row0, end, BLOCK):
+                rows = first + tl.arange(0, BLOCK)
+                seen |= tl.load(ANCESTORS + rows * W + word, mask=rows < end, other=0)
+            tl.store(SEEN + request * W + word, tl.reduce(seen, 0, _either))
+    for first in range(row0, end, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        mine = rows < end
+        nodes = tl.load(NODES + rows, mask=mine, other=-1).to(tl.int32)
+        keys = tl.maximum(keys, tl.max(nodes, 0) + 1)
+        if CAUSAL:
+            depths = nodes
+        else:
+            depths = tl.full([BLOCK], -1, tl.int32)
+            for word in range(W):
+                depths += _popcount(tl.load(ANCESTORS + rows * W + word, mask=mine, other=0))
+            if WINDOW > 0:
+                # Ancestors stand in order of position, so those out of the window come first.
+                excess = depths + 1 - WINDOW
+                for word in range(W):
+                    bits = tl.load(ANCESTORS + rows * W + word, mask=mine, other=0)
+                    drop = tl.minimum(tl.maximum(excess, 0), _popcount(bits))
+                    excess -= drop
+                    while tl.max(drop, 0) > 0:
+                        bits = tl.where(drop > 0, bits & (bits - 1), bits)
+                        drop -= 1
+                    tl.store(WINDOWED + rows * W + word, bits, mask=mine)
+        tl.store(DEPTHS + rows, depths, mask=mine)
+    common = 0
+    if SHARED:
+        if (request > 0) & (row0 < end):
+            before = tl.load(ROW_STARTS + request - 1).to(tl.int32)
+            if before < row0:
+                other = tl.load(SEQUENCES + before).to(tl.int32)
+                pages = tl.minimum(prefix, tl.load(PREFIX_LENS + other).to(tl.int32)) // PAGE
+                equal = pages
+                for first in range(0, pages, PAGES):
+                    page = first + tl.arange(0, PAGES)
+                    mine = tl.load(TABLE + sequence * table_width + page, mask=page < pages, other=0)
+                    theirs = tl.load(TABLE + other * table_width + page, mask=page < pages, other=0)
+                    equal = tl.minimum(equal, tl.min(tl.where(mine != theirs, page, pages), 0))
+                common = equal * PAGE // BLOCK_N
+    at = REQUESTS + request * REQUEST_FIELDS
+    tl.store(at + ROW0, row0)
+    tl.store(at + ROWS, end - row0)
+    tl.store(at + SEQUENCE, sequence)
+    tl.store(at + PREFIX, prefix)
+    tl.store(at + KEYS, keys)
+    tl.store(at + COMMON, common)
+
+
+@triton.jit
+def _pick(table, index, columns):
+    """table[index] for vectors held in registers."""
+    return tl.sum(tl.where(columns[None, :] == index[:, None], table[None, :], 0), 1)
+
+
+@triton.jit
+def _pieces(steps, span):
+    """How many pieces a column has; none if it has no steps."""
+    # Not (steps + span - 1) // span: the sum overflows for an unlimited span.
+    return tl.where(steps > 0, (steps - 1) // tl.maximum(span, 1) + 1, 0)
+
+
+@triton.jit
+def _intervals(common, requests, B: tl.constexpr):
+    """For every request the node it opens: [first, last) requests, and the first of its kind."""
+    k = tl.arange(0, B)
+    row, column = k[:, None], k[None, :]
+    smaller = common[None, :] < common[:, None]
+    first = tl.max(tl.where(smaller & (column < row), column, 0), 1)
+    last = tl.min(tl.where(smaller & (column > row), column, requests), 1)
+    same = (common[None, :] == common[:, None]) & (column > first[:, None]) & (column <= row)
+    lead = tl.min(tl.where(same, column, row), 1)
+    return first, last, lead
+
+
+@triton.jit
+def _items(
+    REQUESTS,
+    HEADER,
+    ITEMS,
+    requests,
+    programs,
+    chunk,
+    columns_limit,
+    B: tl.constexpr,
+    G: tl.constexpr,
+    HKV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SHARED: tl.constexpr,
+    MODE: tl.constexpr,
+    LOOSE_STEPS: tl.constexpr,
+):
+    """One program: the prefix tree, its items, and their steps in order."""
+    k = tl.arange(0, B)
+    real = k < requests
+    at = REQUESTS + k * REQUEST_FIELDS
+    row0 = tl.load(at + ROW0, mask=real, other=0)
+    rows = tl.load(at + ROWS, mask=real, other=0)
+    sequence = tl.load(at + SEQUENCE, mask=real, other=0)
+    prefix = tl.load(at + PREFIX, mask=real, other=0)
+    keys = tl.load(at + KEYS, mask=real, other=0)
+    tiles = prefix // BLOCK_N
+    loose = prefix % BLOCK_N + keys
+    key0 = tl.cumsum(loose, 0) - loose
+
+    node_depth = tl.zeros([B], tl.int32)  # of the parent of the node that a request opens
+    node_tiles = tl.zeros([B], tl.int32)
+    first, last, lead = k, k + 1, k
+    above = tl.full([B], -1, tl.int32)  # parent of that node
+    leaf_depth = tl.zeros([B], tl.int32)
+    leaf_above = tl.full([B], -1, tl.int32)
+    absorbs = tl.zeros([B], tl.int32)
+    absorbed = tl.zeros([B], tl.int32)
+    common = tl.zeros([B], tl.int32)
+    if SHARED:
+        if MODE != SEQUENCE_MODE:
+            common = tl.load(at + COMMON, mask=real, other=0)
+            if MODE == AUTO:
+                # Rows that fill a block of their own gain nothing from a block with others.
+                mine = (rows * G + BLOCK_M - 1) // BLOCK_M
+                before = _pick(rows, k - 1, k)
+                theirs = (before * G + BLOCK_M - 1) // BLOCK_M
+                both = ((rows + before) * G + BLOCK_M - 1) // BLOCK_M
+                common = tl.where(both < mine + theirs, common, 0)
+            common = tl.where((k > 0) & real, common, -1)
+            first, last, lead = _intervals(common, requests, B)
+            inner = (lead == k) & (common > 0)
+            tokens = _pick(row0, last, k)
+            total_rows = tl.sum(rows, 0)
+            tokens = tl.where(last < requests, tokens, total_rows) - _pick(row0, first, k)
+            blocks = tl.where(inner, (tokens * G + BLOCK_M - 1) // BLOCK_M, 0)
+            if tl.sum(blocks, 0) * HKV > columns_limit:  # there would be no room for partials
+                common = tl.where((k > 0) & real, 0, -1)
+                first, last, lead = _intervals(common, requests, B)
+            inner = (lead == k) & (common > 0)
+            at_first = _pick(common, first, k)
+            at_last = tl.where(last < requests, _pick(common, last, k), -1)
+            node_depth = tl.maximum(tl.maximum(at_first, at_last), 0)
+            node_tiles = tl.where(inner, common - node_depth, 0)
+            above = tl.where(at_first >= at_last, _pick(lead, first, k), last)
+            above = tl.where(inner & (node_depth > 0), above, -1)
+            after = tl.where(k + 1 < requests, _pick(common, k + 1, k), -1)
+            leaf_depth = tl.maximum(tl.maximum(common, after), 0)
+            leaf_above = tl.where(common >= after, lead, k + 1)
+            leaf_above = tl.where(leaf_depth > 0, leaf_above, -1)
+            if (MODE == FLATTEN) | (MODE == AUTO):
+                # A node whose requests part right below it may take their loose keys into its own
+                # item, where all of them share tiles under a mask.
+                inside = (k[None, :] >= first[:, None]) & (k[None, :] < last[:, None])
+                child = inside & (leaf_above[None, :] == k[:, None])
+                children = tl.sum(child.to(tl.int32), 1)
+                if MODE == AUTO:
+                    own = (loose + BLOCK_N - 1) // BLOCK_N * ((rows * G + BLOCK_M - 1) // BLOCK_M)
+                    together = tl.sum(tl.where(child, loose[None, :], 0), 1)
+                    together = (together + BLOCK_N - 1) // BLOCK_N * blocks
+                    pays = together < tl.sum(tl.where(child, own[None, :], 0), 1)
+                else:
+                    long = child & (tiles[None, :] > leaf_depth[None, :])
+                    pays = tl.sum(long.to(tl.int32), 1) == 0
+                absorbs = (inner & (children == last - first) & pays).to(tl.int32)
+            absorbed = _pick(absorbs, leaf_above, k)
+
+    # Inner nodes.
+    inner_row0 = _pick(row0, first, k)
+    inner_end = tl.where(last < requests, _pick(row0, last, k), tl.sum(rows, 0))
+    inner_key0 = _pick(key0, first, k)
+    inner_key1 = tl.where(last < requests, _pick(key0, last, k), tl.sum(loose, 0))
+    inner_loose = tl.where(absorbs > 0, inner_key1 - inner_key0, 0)
+    inner_tile0 = node_depth
+    leaf_tiles = tl.where(rows > 0, tiles - leaf_depth, 0)
+    leaf_tile0 = leaf_depth
+    if WINDOW > 0:
+        # Tiles that are out of every row's window; a root stands at the end of its prefix.
+        inside = (k[None, :] >= first[:, None]) & (k[None, :] < last[:, None])
+        start = tl.min(tl.where(inside, prefix[None, :], UNLIMITED), 1)
+        start = tl.maximum(start - WINDOW + 1, 0) // BLOCK_N
+        cut = tl.minimum(tl.maximum(start - inner_tile0, 0), node_tiles)
+        inner_tile0 += cut
+        node_tiles -= cut
+        start = tl.maximum(prefix - WINDOW + 1, 0) // BLOCK_N
+        cut = tl.minimum(tl.maximum(start - leaf_tile0, 0), leaf_tiles)
+        leaf_tile0 += cut
+        leaf_tiles -= cut
+    inner_steps = node_tiles + (inner_loose + BLOCK_N - 1) // BLOCK_N * LOOSE_STEPS
+    inner_tokens = inner_end - inner_row0
+    inner_blocks = tl.where(inner_steps > 0, (inner_tokens * G + BLOCK_M - 1) // BLOCK_M, 0)
+
+    # Leaves: what a request has for itself.
+    leaf_loose = tl.where((absorbed > 0) | (rows == 0), 0, loose)
+    child = leaf_above[None, :] == k[:, None]
+    leaves = tl.sum(tl.where(child, leaf_tiles[None, :] + leaf_loose[None, :], 0), 1)
+    leaf_steps = leaf_tiles + (leaf_loose + BLOCK_N - 1) // BLOCK_N * LOOSE_STEPS
+    leaf_blocks = tl.where(leaf_steps > 0, (rows * G + BLOCK_M - 1) // BLOCK_M, 0)
+
+    inner_work = inner_steps * inner_blocks * HKV
+    leaf_work = leaf_steps * leaf_blocks * HKV
+    inner_start = tl.cumsum(inner_work, 0) - inner_work
+    shared_work = tl.sum(inner_work, 0)
+    leaf_start = shared_work + tl.cumsum(leaf_work, 0) - leaf_work
+    total = shared_work + tl.sum(leaf_work, 0)
+    inner_columns = inner_blocks * HKV
+    leaf_columns = leaf_blocks * HKV
+    inner_column0 = tl.cumsum(inner_columns, 0) - inner_columns
+    leaf_column0 = tl.sum(inner_columns, 0) + tl.cumsum(leaf_columns, 0) - leaf_columns
+
+    quota = tl.maximum((total + programs - 1) // programs, 1)
+    whole_cut = 0
+    if (MODE == SEQUENCE_MODE) | (MODE == FLATTEN) | (MODE == AUTO):
+        # Cutting all steps into equal intervals balances best, but a worker whose interval spans
+        # two columns starts twice, and whole columns need no merge. So each column is cut alone if
+        # that lengthens the intervals by little.
+        span = 0
+        longest = quota + 3 + quota // 16
+        candidate = quota
+        while (span == 0) & (candidate <= longest):
+            pieces = tl.sum(_pieces(inner_steps, candidate) * inner_columns, 0)
+            pieces += tl.sum(_pieces(leaf_steps, candidate) * leaf_columns, 0)
+            span = tl.where(pieces <= programs, candidate, 0)
+            candidate += 1
+        whole_cut = (span == 0).to(tl.int32)
+        inner_span = tl.zeros([B], tl.int32) + span
+        leaf_span = inner_span
+    else:
+        inner_span = tl.full([B], UNLIMITED, tl.int32)
+        leaf_span = tl.full([B], UNLIMITED, tl.int32)
+        if MODE != NODE:
+            inner_span = tl.zeros([B], tl.int32) + chunk
+        if MODE == NODE_CHUNK:
+            leaf_span = tl.zeros([B], tl.int32) + chunk
+    inner_pieces = _pieces(inner_steps, inner_span) * inner_columns
+    leaf_pieces = _pieces(leaf_steps, leaf_span) * leaf_columns
+    inner_worker0 = tl.cumsum(inner_pieces, 0) - inner_pieces
+    leaf_worker0 = tl.sum(inner_pieces, 0) + tl.cumsum(leaf_pieces, 0) - leaf_pieces
+    workers = tl.sum(inner_pieces, 0) + tl.sum(leaf_pieces, 0)
+
+    tl.store(HEADER + QUOTA, quota)
+    tl.store(HEADER + WORKERS, tl.where(whole_cut > 0, programs, workers))
+    tl.store(HEADER + TOTAL, total)
+    tl.store(HEADER + WHOLE_CUT, whole_cut)
+
+    at = ITEMS + k * ITEM_FIELDS
+    tl.store(at + START, inner_start)
+    tl.store(at + STEPS, inner_steps)
+    tl.store(at + BLOCKS, inner_blocks)
+    tl.store(at + FIRST_ROW, inner_row0)
+    tl.store(at + TOKENS, inner_tokens)
+    tl.store(at + OWNER, _pick(sequence, first, k))
+    tl.store(at + TILE0, inner_tile0)
+    tl.store(at + TILES, node_tiles)
+    tl.store(at + KEY0, inner_key0)
+    tl.store(at + LOOSE, inner_loose)
+    tl.store(at + PARENT, above)
+    tl.store(at + ALONE, ((above < 0) & (absorbs > 0) & (leaves == 0)).to(tl.int32))
+    tl.store(at + COLUMN0, inner_column0)
+    tl.store(at + WORKER0, inner_worker0)
+    tl.store(at + SPAN, inner_span)
+
+    at = ITEMS + (B + k) * ITEM_FIELDS
+    tl.store(at + START, leaf_start)
+    tl.store(at + STEPS, leaf_steps)
+    tl.store(at + BLOCKS, leaf_blocks)
+    tl.store(at + FIRST_ROW, row0)
+    tl.store(at + TOKENS, rows)
+    tl.store(at + OWNER, sequence)
+    tl.store(at + TILE0, leaf_tile0)
+    tl.store(at + TILES, leaf_tiles)
+    tl.store(at + KEY0, key0)
+    tl.store(at + LOOSE, leaf_loose)
+    tl.store(at + PARENT, leaf_above)
+    tl.store(at + ALONE, (leaf_above < 0).to(tl.int32))
+    tl.store(at + COLUMN0, leaf_column0)
+    tl.store(at + WORKER0, leaf_worker0)
+    tl.store(at + SPAN, leaf_span)
+
+
+@triton.jit
+def _tables(
+    REQUESTS,
+    HEADER,
+    ITEMS,
+    TABLE,
+    table_width,
+    WORKER_TABLE,
+    max_workers,
+    KEY_SLOTS,
+    KEY_TAGS,
+    max_keys,
+    ROW_TABLE,
+    ROW_REQUESTS,
+    total_rows,
+    requests,
+    SEEN,
+    B: tl.constexpr,
+    HKV: tl.constexpr,
+    PAGE: tl.constexpr,
+    W: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Loose keys, rows and workers, each looked up in the prefix sums before it."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.arange(0, B)
+    real = k < requests
+    at = REQUESTS + k * REQUEST_FIELDS
+    row0 = tl.load(at + ROW0, mask=real, other=UNLIMITED)
+    prefix = tl.load(at + PREFIX, mask=real, other=0)
+    keys = tl.load(at + KEYS, mask=real, other=0)
+    loose = tl.where(real, prefix % BLOCK_N + keys, 0)
+    ends = tl.cumsum(loose, 0)
+
+    # Loose keys: the end of each prefix and the tree behind it.
+    owner = tl.sum((ends[None, :] <= index[:, None]).to(tl.int32), 1)
+    found = (owner < requests) & (index < max_keys)
+    owner = tl.minimum(owner, requests - 1)
+    at = REQUESTS + owner * REQUEST_FIELDS
+    length = tl.load(at + PREFIX)
+    tail = length % BLOCK_N
+    count = tail + tl.load(at + KEYS)
+    place = index - (_pick(ends, owner, k) - count) - tail
+    position = tl.where(found, length + place, 0)
+    page = tl.minimum(position // PAGE, table_width - 1)
+    sequence = tl.load(at + SEQUENCE)
+    page = tl.load(TABLE + sequence.to(tl.int64) * table_width + page).to(tl.int32)
+    mask = index < max_keys
+    if not CAUSAL:  # a place that no row sees may never have been written
+        tree = found & (place >= 0)
+        seen = tl.load(SEEN + owner * W + place // 32, mask=tree, other=0)
+        found = found & ((place < 0) | (((seen >> (place % 32)) & 1) != 0))
+    slot = tl.where(found, page * PAGE + position % PAGE, -1)
+    tl.store(KEY_SLOTS + index, slot, mask=mask)
+    tag = (owner << PLACE_BITS) + place + PLACE_ZERO
+    tl.store(KEY_TAGS + index, tl.where(found, tag, -1), mask=mask)
+
+    # Rows.
+    request = tl.sum((row0[None, :] <= index[:, None]).to(tl.int32), 1) - 1
+    # Requests without rows start where the next one does; the last of equals has the rows.
+    mask = index < total_rows
+    item = B + request  # what the request has for itself comes first
+    tl.store(ROW_REQUESTS + index, request, mask=mask)
+    for field in tl.static_range(ITEM_FIELDS):
+        value = tl.load(ITEMS + item * ITEM_FIELDS + field, mask=mask, other=0)
+        tl.store(ROW_TABLE + index * ITEM_FIELDS + field, value, mask=mask)
+
+    # Workers.
+    x = tl.arange(0, 2 * B)
+    at = ITEMS + x * ITEM_FIELDS
+    total = tl.load(HEADER + TOTAL)
+    quota = tl.load(HEADER + QUOTA)
+    whole_cut = tl.load(HEADER + WHOLE_CUT) > 0
+    steps = tl.load(at + STEPS)
+    columns = tl.load(at + BLOCKS) * HKV
+    ends = tl.load(at + START) + steps * columns
+    piece_ends = tl.load(at + WORKER0) + _pieces(steps, tl.load(at + SPAN)) * columns
+    ends = tl.where(whole_cut, ends, piece_ends)
+    place = tl.where(whole_cut, tl.minimum(index * quota, total), index)
+    item = tl.sum((ends[None, :] <= place[:, None]).to(tl.int32), 1)
+    inside = item < 2 * B
+    at = ITEMS + item * ITEM_FIELDS
+    steps = tl.load(at + STEPS, mask=inside, other=1)
+    span = tl.maximum(tl.load(at + SPAN, mask=inside, other=1), 1)
+    pieces = (steps - 1) // span + 1
+    piece = index - tl.load(at + WORKER0, mask=inside, other=0)
+    begin = piece % pieces * span
+    step = tl.load(at + START, mask=inside, other=0) + piece // pieces * steps + begin
+    stop = step + tl.minimum(span, steps - begin)
+    step = tl.where(whole_cut, place, step)
+    stop = tl.where(whole_cut, tl.minimum(place + quota, total), stop)
+    mask = index < max_workers
+    at = WORKER_TABLE + index * WORKER_FIELDS
+    for field in tl.static_range(ITEM_FIELDS):
+        value = tl.load(ITEMS + item * ITEM_FIELDS + field, mask=mask & inside, other=0)
+        tl.store(at + field, value, mask=mask)
+    tl.store(at + STEP, tl.where(inside, step, total), mask=mask)
+    tl.store(at + STOP, tl.where(inside, stop, total), mask=mask)
+    tl.store(at + ITEM_INDEX, item, mask=mask)
+
+
+def build(
+    page_table: Tensor,  # [S, pages] int64
+    prefix_lens: Tensor,  # [S] int64
+    page_size: int,
+    row_starts: Tensor,  # [B + 1] int32, first row of each request
+    sequence: Tensor,  # [R]
+    nodes: Tensor,  # [R]
+    ancestors: Tensor | None,  # [R, W] int32; None: causal chains
+    *,
+    max_places: int,
+    max_prefix: int,
+    shared: bool,
+    groups: int,
+    kv_heads: int,
+    window: int | None,
+    mode: Mode,
+    tiling: Tiling,
+    programs: int,
+    chunk: int = 2,
+) -> Schedule:
+    """Cuts the work of one forward into items, columns and workers, without asking the device.
+
+    Args:
+        row_starts: rows of request b are `row_starts[b]:row_starts[b + 1]`, all of one sequence.
+            Sharing is found between neighbours, so requests with a common prefix should be.
+        max_places: an upper bound of the keys behind all prefixes together.
+        max_prefix: an upper bound of the prefix lengths; only cuts at equal spans need it.
+        shared: whether prefixes may share pages; False spares looking.
+        groups: query heads of a key/value head.
+        window: as in `tree_attention`.
+        programs: of the launch; also the workers of an even cut.
+        chunk: tiles of a span, for `node_chunk` and `two_phase`.
+    """
+    requests, rows = len(row_starts) - 1, len(sequence)
+    device = sequence.device
+    width = 1 if ancestors is None else ancestors.shape[1]
+    slots_per_request = max(16, triton.next_power_of_2(requests))
+    blocks = triton.cdiv(rows * groups, tiling.block_m)
+    columns = (blocks + requests) * kv_heads  # of the leaves
+    limit = 0
+    if shared and mode != "sequence":
+        limit = (3 * blocks + requests) * kv_heads
+    columns += limit
+    even = mode in ("sequence", "flatten", "auto")
+    max_keys = requests * (tiling.block_n - 1) + max_places
+    workers = programs
+    if not even:
+        steps = triton.cdiv(max_prefix + max_keys, tiling.block_n) + 1
+        workers = columns * (1 if mode == "node" else triton.cdiv(steps, chunk))
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    header, items = empty(16), empty(2 * slots_per_request, 16)
+    table = empty(slots_per_request, 8)
+    worker_table = empty(workers, 32)
+    key_slots, key_tags = empty(max_keys), empty(max_keys)
+    row_table, row_requests, row_depths = empty(rows, 16), empty(rows), empty(rows)
+    seen = empty(requests, width)
+    given = row_depths if ancestors is None else ancestors
+    words = empty(rows, width) if window and ancestors is not None else given
+    number = MODES.index(mode)
+    shape = {"PAGE": page_size, "BLOCK_N": tiling.block_n}
+    _requests[(requests,)](
+        row_starts, sequence, nodes, given, prefix_lens, page_table, page_table.shape[1],
+        table, row_depths, words, seen,
+        W=width, CAUSAL=ancestors is None, WINDOW=window or 0, SHARED=shared,
+        BLOCK=128, PAGES=1024, **shape,
+    )  # fmt: skip
+    _items[(1,)](
+        table, header, items, requests, programs, chunk, limit,
+        B=slots_per_request, G=groups, HKV=kv_heads, BLOCK_M=tiling.block_m,
+        BLOCK_N=tiling.block_n, WINDOW=window or 0, SHARED=shared, MODE=number,
+        LOOSE_STEPS=tiling.loose_steps,
+        num_warps=4 if slots_per_request <= 32 else 8,
+    )  # fmt: skip
+    block = 128
+    _tables[(triton.cdiv(max(max_keys, rows, workers), block),)](
+        table, header, items, page_table, page_table.shape[1],
+        worker_table, workers, key_slots, key_tags, max_keys,
+        row_table, row_requests, rows, requests, seen,
+        B=slots_per_request, HKV=kv_heads, W=width, CAUSAL=ancestors is None, BLOCK=block, **shape,
+    )  # fmt: skip
+    return Schedule(
+        mode, tiling, window, ancestors is None, programs, requests, header, items, worker_table,
+        key_slots, key_tags, row_table, row_requests, row_depths, words,
+        page_table, prefix_lens, page_size, columns + workers,
+    )  # fmt: skip

@@ -1,0 +1,193 @@
+"""The device planner against its statement in plain Python, and both against what must hold."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specdec.bits import ancestor_bits, ancestor_words
+
+pytest.importorskip("triton")
+
+from specdec.kernels import partition, schedule
+from specdec.kernels.schedule import MODES, Mode, Schedule, Tiling
+
+PAGE, BLOCK_M, BLOCK_N = 4, 4, 8
+
+
+@dataclass
+class Batch:
+    """Requests over a made-up page table, each with a random tree."""
+
+    requests: list[partition.Request]
+    parents: list[list[int]]
+    groups: int = 2
+    kv_heads: int = 2
+    programs: int = 5
+
+    def shape(self, window: int | None) -> partition.Shape:
+        return partition.Shape(
+            PAGE, BLOCK_M, BLOCK_N, self.groups, self.kv_heads, self.programs, window=window
+        )
+
+    def build(self, mode: Mode, window: int | None = None) -> Schedule:
+        width = max(len(request.pages) for request in self.requests)
+        table = [[*request.pages, *[0] * (width - len(request.pages))] for request in self.requests]
+        rows = [request.rows for request in self.requests]
+        starts = [sum(rows[:n]) for n in range(len(rows) + 1)]
+        words = max(1, *(-(-len(p) // 32) for p in self.parents))
+        bits = [b for parents in self.parents for b in ancestor_bits(parents)]
+        return schedule.build(
+            torch.tensor(table),
+            torch.tensor([request.prefix for request in self.requests]),
+            PAGE,
+            torch.tensor(starts, dtype=torch.int32),
+            torch.arange(len(rows)).repeat_interleave(torch.tensor(rows)),
+            torch.cat([torch.arange(n) for n in rows]),
+            ancestor_words(bits, words * 32),
+            max_places=sum(rows),
+            max_prefix=max(request.prefix for request in self.requests),
+            shared=True,
+            groups=self.groups,
+            kv_heads=self.kv_heads,
+            window=window,
+            mode=mode,
+            tiling=Tiling(BLOCK_M, BLOCK_N, 4, 1, 1, loose_n=BLOCK_N),
+            programs=self.programs,
+        )
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> Batch:
+    """Requests whose page tables agree with their neighbours' up to random depths."""
+    requests: list[partition.Request] = []
+    parents = []
+    fresh = 1
+    for _ in range(draw(st.integers(1, 6))):
+        rows = draw(st.integers(1, 5))
+        prefix = draw(st.integers(0, 45))
+        count = -(-(prefix + rows) // PAGE)
+        before = requests[-1].pages if requests else []
+        common = draw(st.integers(0, min(prefix // PAGE, len(before))))
+        pages = [*before[:common], *range(fresh, fresh + count - common)]
+        fresh += count
+        requests.append(partition.Request(pages, prefix, rows, rows))
+        parents.append([-1, *(draw(st.integers(0, n - 1)) for n in range(1, rows))])
+    return Batch(requests, parents)
+
+
+windows = st.none() | st.integers(1, 50)
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches(), st.sampled_from(MODES), windows)
+def test_items_and_workers_are_those_of_the_reference(
+    batch: Batch, mode: Mode, window: int | None
+) -> None:
+    built = batch.build(mode, window)
+    shape = batch.shape(window)
+    expected = partition.items(batch.requests, mode, shape)
+    starts = [0, *torch.tensor([r.rows for r in batch.requests]).cumsum(0).tolist()]
+    wanted = Counter()
+    for item in expected:
+        if item.steps(batch.requests, shape):
+            loose = sum(shape.loose(batch.requests[r]) for r in item.loose)
+            rows = starts[item.last] - starts[item.first]
+            wanted[item.first, starts[item.first], rows, item.tile0, item.tiles, loose] += 1
+    found: Counter[tuple[int, ...]] = Counter()
+    for row in built.items.tolist():
+        if row[schedule.STEPS.value]:
+            fields = ("OWNER", "FIRST_ROW", "TOKENS", "TILE0", "TILES", "LOOSE")
+            values = tuple(row[getattr(schedule, field).value] for field in fields)
+            found[values if values[4] else (*values[:3], -1, *values[4:])] += 1
+    wanted = Counter(
+        {(k if k[4] else (*k[:3], -1, *k[4:])): n for k, n in wanted.items()}
+    )  # where no tile is left, the first does not matter
+    assert found == wanted
+
+    lengths = sorted(b - a for a, b in partition.workers(expected, batch.requests, mode, shape))
+    count = int(built.header[schedule.WORKERS.value])
+    steps = built.workers[:count, [schedule.STEP.value, schedule.STOP.value]].tolist()
+    assert sorted(b - a for a, b in steps) == lengths
+    assert [a for a, _ in steps[1:]] == [b for _, b in steps[:-1]], "no gap, no overlap"
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches(), st.sampled_from(MODES), windows)
+def test_every_pair_of_query_and_key_is_covered_once(
+    batch: Batch, mode: Mode, window: int | None
+) -> None:
+    built = batch.build(mode, window)
+    covered = pairs(built, batch.groups, batch.kv_heads)
+    expected: Counter[tuple[int, int, int]] = Counter()
+    first = 0
+    for request, parents in zip(batch.requests, batch.parents, strict=True):
+        for node in range(request.rows):
+            path, at = [], node
+            while at >= 0:
+                path.insert(0, request.prefix + at)
+                at = parents[at]
+            places = [*range(request.prefix), *path][-(window or 10**6) :]
+            for place in places:
+                slot = request.pages[place // PAGE] * PAGE + place % PAGE
+                for head in range(batch.kv_heads * batch.groups):
+                    expected[first + node, head, slot] += 1
+        first += request.rows
+    assert covered == expected
+
+
+def pairs(built: Schedule, groups: int, kv_heads: int) -> Counter[tuple[int, int, int]]:
+    """The (row, head, slot) that the kernel computes, read off the device's tables."""
+    field = {
+        name: getattr(schedule, name).value
+        for name in (
+            "START STEPS BLOCKS FIRST_ROW TOKENS OWNER TILE0 TILES KEY0 LOOSE STEP STOP ITEM_INDEX"
+        ).split()
+    }
+    items, slots, tags = built.items.tolist(), built.key_slots.tolist(), built.key_tags.tolist()
+    depths, owners = built.row_depths.tolist(), built.row_requests.tolist()
+    bits = [
+        sum((word & 0xFFFFFFFF) << 32 * n for n, word in enumerate(row))
+        for row in built.words.tolist()
+    ]
+    weight, found = built.tiling.loose_steps, Counter[tuple[int, int, int]]()
+    for worker in built.workers[: int(built.header[schedule.WORKERS.value])].tolist():
+        step, index = worker[field["STEP"]], worker[field["ITEM_INDEX"]]
+        while step < worker[field["STOP"]]:
+            get = {name: items[index][at] for name, at in field.items() if at < 16}
+            if step >= get["START"] + get["STEPS"] * get["BLOCKS"] * kv_heads:
+                index += 1
+                continue
+            column, begin = divmod(step - get["START"], get["STEPS"])
+            end = min(get["STEPS"], begin + worker[field["STOP"]] - step)
+            head, block = divmod(column, get["BLOCKS"])
+            for m in range(block * BLOCK_M, (block + 1) * BLOCK_M):
+                if m >= get["TOKENS"] * groups:
+                    continue
+                row, query_head = get["FIRST_ROW"] + m // groups, head * groups + m % groups
+                for unit in range(begin, end):
+                    if unit < get["TILES"]:
+                        for n in range(BLOCK_N):
+                            place = (get["TILE0"] + unit) * BLOCK_N + n
+                            page = int(built.page_table[get["OWNER"], place // PAGE])
+                            position = depths[row] + int(built.prefix_lens[owners[row]])
+                            if built.window is None or position - place < built.window:
+                                found[row, query_head, page * PAGE + place % PAGE] += 1
+                    elif (unit - get["TILES"]) % weight == 0:
+                        tile = (unit - get["TILES"]) // weight * BLOCK_N
+                        for key in range(tile, min(tile + BLOCK_N, get["LOOSE"])):
+                            tag = tags[get["KEY0"] + key]
+                            place = (tag & ((1 << 20) - 1)) - 256
+                            if tag < 0 or tag >> 20 != owners[row]:
+                                continue
+                            near = built.window is None or depths[row] - place < built.window
+                            if near if place < 0 else bits[row] >> place & 1:
+                                found[row, query_head, slots[get["KEY0"] + key]] += 1
+            step += end - begin
+    return found
+
