@@ -1,4 +1,4 @@
-"""Writing and moving rows of a paged K/V store, on plain tensors.
+"""Writing and moving rows of a paged K/V store in torch; `moves.py` does the same in Triton.
 
 Letters: L layers, P pages, S slots of a page, H key/value heads, D head dim, R rows.
 A slot is `page * S + offset`.

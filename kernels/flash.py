@@ -3,16 +3,17 @@
 One persistent launch: each program works through its interval of steps. Prefix tiles need no mask;
 only loose keys (the end of a prefix, and trees) are tested one by one. Rows are query tokens times
 the heads of a group, so keys are read once for the whole group. Pieces of cut columns leave their
-normalised result and log-sum-exp, which are merged by gathering, in a fixed order, with the true
-maximum: the same inputs give the same bits. The merge is a second launch, or follows a barrier of
-all programs in the first.
+normalised result and log-sum-exp. A second launch, which starts while the first one ends, gathers
+them in a fixed order under their true maximum: the same inputs give the same bits.
 
-Online softmax and split merging: FlashAttention-2 (arXiv 2307.08691) and Flash-Decoding; keys grouped
-with all queries that see them: DeFT (arXiv 2404.00242), ChunkAttention (arXiv 2402.15220).
+Online softmax and merging: FlashAttention-2 (arXiv 2307.08691) and Flash-Decoding. Keys grouped
+with all queries that see them: DeFT (arXiv 2404.00242) and ChunkAttention (arXiv 2402.15220).
 
 Letters: R rows (query tokens), Hq/Hkv query and key/value heads, G = Hq / Hkv, DK/DV head dims,
 P pages, M packed rows of a block, N keys of a tile.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -69,11 +70,11 @@ def _scores(qk, scale, softcap, SOFTCAP: tl.constexpr):
 @triton.jit
 def _page(table, t, stop, tile, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
     """The page of tile `t`, or of each of its keys where pages are smaller than tiles."""
-    have = t < stop
     if PAGE >= BLOCK_N:
-        page = tl.load(table + t * BLOCK_N // PAGE, mask=have, other=0)
+        page = tl.load(table + t * BLOCK_N // PAGE, mask=t < stop, other=0)
     else:
-        page = tl.load(table + (t * BLOCK_N + tile) // PAGE, mask=have & (tile >= 0), other=0)
+        key = t * BLOCK_N + tile
+        page = tl.load(table + key // PAGE, mask=key < stop * BLOCK_N, other=0)
     return page
 
 
@@ -89,11 +90,7 @@ def _dense(
     else:
         slots = page * PAGE + (t * BLOCK_N + tile) % PAGE
         at = PAGES + slots[:, None] * token + dims[None, :]
-    if D == DP:
-        rows = tl.load(at)
-    else:
-        rows = tl.load(at, mask=dims[None, :] < D, other=0.0)
-    return rows
+    return tl.load(at) if D == DP else tl.load(at, mask=dims[None, :] < D, other=0.0)
 
 
 @triton.jit
@@ -224,8 +221,8 @@ def _attend_kernel(
     KEY_TAGS,
     ROW_REQUESTS,
     ROW_DEPTHS,
+    ROW_POSITIONS,
     WORDS,
-    PREFIX_LENS,
     SINKS,
     COUNTER,
     scale,
@@ -306,8 +303,7 @@ def _attend_kernel(
                 at_q + k_dims[None, :], mask=real[:, None] & (k_dims[None, :] < DK), other=0.0
             )
             if WINDOW > 0:
-                depth = tl.load(ROW_DEPTHS + row, mask=real, other=0)
-                position = depth + tl.load(PREFIX_LENS + owner).to(tl.int32)
+                position = tl.load(ROW_POSITIONS + row, mask=real, other=0)
             acc = tl.zeros([BLOCK_M, DVP], tl.float32)
             peak = tl.full([BLOCK_M], NEVER, tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
@@ -369,7 +365,9 @@ def _attend_kernel(
                     else:
                         sees = sees & ((place[None, :] < 0) | ancestor)
                 scores = tl.where(sees, scores, NEVER)
-                acc, peak, total = _accumulate(acc, peak, total, scores, v, q_dtype, PRECISION, True)
+                acc, peak, total = _accumulate(
+                    acc, peak, total, scores, v, q_dtype, PRECISION, True
+                )
                 if COUNT:
                     tl.atomic_add(COUNTER, tl.sum((slots >= 0).to(tl.int64), 0))
 
@@ -405,7 +403,7 @@ def _attend_kernel(
             if step == start + steps * blocks * (HQ // G):
                 item += 1
                 # Items without work are not in anyone's interval.
-                while (tl.load(ITEMS + item * ITEM_FIELDS + STEPS, mask=step < stop, other=1) == 0):
+                while tl.load(ITEMS + item * ITEM_FIELDS + STEPS, mask=step < stop, other=1) == 0:
                     item += 1
                 at = ITEMS + item * ITEM_FIELDS
 
@@ -437,14 +435,15 @@ def tree_attention(
     schedule.used = True
     same = {
         "HQ": heads, "G": heads // kv_heads, "DV": dv, "DVP": triton.next_power_of_2(dv),
-        "BLOCK_M": tiling.block_m,         "HAS_SINKS": sinks is not None, "HAS_LSE": lse is not None, "PDL": dependent,
+        "BLOCK_M": tiling.block_m, "HAS_SINKS": sinks is not None, "HAS_LSE": lse is not None,
+        "PDL": dependent,
     }  # fmt: skip
     nothing = states
     _attend_kernel[(schedule.programs,)](
         query, keys, values, out, nothing if lse is None else lse, part, states,
         schedule.header, schedule.items, schedule.workers,
         schedule.page_table, schedule.key_slots, schedule.key_tags,
-        schedule.row_requests, schedule.row_depths, schedule.words, schedule.prefix_lens,
+        schedule.row_requests, schedule.row_depths, schedule.row_positions, schedule.words,
         nothing if sinks is None else sinks, nothing if counter is None else counter,
         scale, softcap or 1.0, schedule.page_table.shape[1],
         query.stride(0), query.stride(1),
@@ -455,7 +454,7 @@ def tree_attention(
         BLOCK_N=tiling.block_n, LOOSE_N=tiling.loose_n,
         LOOSE_STAGES=tiling.loose_stages, LOOSE_STEPS=tiling.loose_steps, STAGES=tiling.stages,
         COUNT=counter is not None, **same,
-        num_warps=tiling.warps, **({"launch_pdl": True} if early else {}),
+        num_warps=tiling.warps, enable_fp_fusion=True, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     # About as many pieces at a time as a column has; one warp holds all of a row's.
     columns = max(triton.cdiv(rows * heads, tiling.block_m), schedule.requests * kv_heads)
@@ -466,6 +465,6 @@ def tree_attention(
         schedule.header, schedule.items, schedule.rows,
         nothing if sinks is None else sinks, rows, **same,
         MERGE_ROWS=merge_rows, MERGE_PIECES=pieces,
-        num_warps=merge_rows, **({"launch_pdl": True} if dependent else {}),
+        num_warps=merge_rows, enable_fp_fusion=True, **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
     return out

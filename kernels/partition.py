@@ -1,20 +1,21 @@
 """What each mode of tree attention means, in plain Python.
 
-`specdec.kernels.schedule` does the same on the device; a test compares the two. This is the place to
-read, and to change first. No speed is intended.
+`specdec.kernels.schedule` does the same on the device; a test compares the two. This is the place
+to read, and to change first. No speed is intended.
 
 A prefix is read in *tiles* of `block_n` keys. A *dense* tile lies in the prefix whole, so every row
 below it sees all of it; what is left of a prefix and the tree behind it are *loose* keys, tested
-one by one. An *item* is one node of the prefix tree: the tiles that exactly some neighbouring requests
-share, for all of their rows. Rows are query tokens times `groups`, cut into blocks of `block_m`.
-A *column* is one block of rows against all keys of its item, for one key/value head; its *steps* are
-numbered on from those of the column before, and a *worker* takes an interval of them.
+one by one. An *item* is one node of the prefix tree: the tiles that exactly some neighbouring
+requests share, for all of their rows. Rows are query tokens times `groups`, cut into blocks of
+`block_m`. A *column* is one block of rows against all keys of its item, for one key/value head; its
+*steps* are numbered on from those of the column before, and a *worker* takes an interval of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 UNLIMITED = 1 << 30
 
@@ -98,7 +99,7 @@ def items(requests: Sequence[Request], mode: str, shape: Shape) -> list[Item]:
         if shared > depth:
             inner.append(Item(first, last, depth, shared - depth, (), leaf=False))
         starts = [first, *(r for r in range(first + 1, last) if common[r] == shared), last]
-        for a, b in zip(starts, starts[1:], strict=False):
+        for a, b in pairwise(starts):
             split(a, b, shared)
 
     split(0, len(requests), 0)
@@ -176,15 +177,13 @@ def workers(
             if sum(-(-s // span) * c for s, c in steps) <= shape.programs:
                 return list(_by_column(steps, [span] * len(steps)))
         bounds = [min(total, w * quota) for w in range(shape.programs + 1)]
-        return list(zip(bounds, bounds[1:], strict=False))
+        return list(pairwise(bounds))
     chunked = {"node": (), "node_chunk": (False, True), "two_phase": (False,)}[mode]
     spans = [shape.chunk if item.leaf in chunked else UNLIMITED for item in found]
     return list(_by_column(steps, spans))
 
 
-def _by_column(
-    steps: Sequence[tuple[int, int]], spans: Sequence[int]
-) -> Iterator[tuple[int, int]]:
+def _by_column(steps: Sequence[tuple[int, int]], spans: Sequence[int]) -> Iterator[tuple[int, int]]:
     start = 0
     for (count, columns), span in zip(steps, spans, strict=True):
         for _ in range(columns):

@@ -17,6 +17,8 @@ nearest smaller values of that array, as in a suffix array.
 Letters: B requests, R rows, W words of ancestor bits, X slots for items (2 per request).
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -109,6 +111,7 @@ class Schedule:
     rows: Tensor  # [R, 16] int32, the innermost item of each row, copied
     row_requests: Tensor  # [R] int32
     row_depths: Tensor  # [R] int32
+    row_positions: Tensor  # [R] int32, prefix + depth
     words: Tensor  # [R, W] int32, ancestors within the window
     page_table: Tensor  # [S, pages]
     prefix_lens: Tensor  # [S]
@@ -142,6 +145,7 @@ def _requests(
     table_width,
     REQUESTS,
     DEPTHS,
+    POSITIONS,
     WINDOWED,
     SEEN,
     W: tl.constexpr,
@@ -191,6 +195,7 @@ def _requests(
                         drop -= 1
                     tl.store(WINDOWED + rows * W + word, bits, mask=mine)
         tl.store(DEPTHS + rows, depths, mask=mine)
+        tl.store(POSITIONS + rows, prefix + depths, mask=mine)
     common = 0
     if SHARED:
         if (request > 0) & (row0 < end):
@@ -201,7 +206,9 @@ def _requests(
                 equal = pages
                 for first in range(0, pages, PAGES):
                     page = first + tl.arange(0, PAGES)
-                    mine = tl.load(TABLE + sequence * table_width + page, mask=page < pages, other=0)
+                    mine = tl.load(
+                        TABLE + sequence * table_width + page, mask=page < pages, other=0
+                    )
                     theirs = tl.load(TABLE + other * table_width + page, mask=page < pages, other=0)
                     equal = tl.minimum(equal, tl.min(tl.where(mine != theirs, page, pages), 0))
                 common = equal * PAGE // BLOCK_N
@@ -386,7 +393,7 @@ def _items(
             pieces += tl.sum(_pieces(leaf_steps, candidate) * leaf_columns, 0)
             span = tl.where(pieces <= programs, candidate, 0)
             candidate += 1
-        whole_cut = (span == 0).to(tl.int32)
+        whole_cut = tl.where(span == 0, 1, 0)
         inner_span = tl.zeros([B], tl.int32) + span
         leaf_span = inner_span
     else:
@@ -602,7 +609,8 @@ def build(
     table = empty(slots_per_request, 8)
     worker_table = empty(workers, 32)
     key_slots, key_tags = empty(max_keys), empty(max_keys)
-    row_table, row_requests, row_depths = empty(rows, 16), empty(rows), empty(rows)
+    row_table, row_requests = empty(rows, 16), empty(rows)
+    row_depths, row_positions = empty(rows), empty(rows)
     seen = empty(requests, width)
     given = row_depths if ancestors is None else ancestors
     words = empty(rows, width) if window and ancestors is not None else given
@@ -610,7 +618,7 @@ def build(
     shape = {"PAGE": page_size, "BLOCK_N": tiling.block_n}
     _requests[(requests,)](
         row_starts, sequence, nodes, given, prefix_lens, page_table, page_table.shape[1],
-        table, row_depths, words, seen,
+        table, row_depths, row_positions, words, seen,
         W=width, CAUSAL=ancestors is None, WINDOW=window or 0, SHARED=shared,
         BLOCK=128, PAGES=1024, **shape,
     )  # fmt: skip
@@ -630,6 +638,6 @@ def build(
     )  # fmt: skip
     return Schedule(
         mode, tiling, window, ancestors is None, programs, requests, header, items, worker_table,
-        key_slots, key_tags, row_table, row_requests, row_depths, words,
+        key_slots, key_tags, row_table, row_requests, row_depths, row_positions, words,
         page_table, prefix_lens, page_size, columns + workers,
     )  # fmt: skip

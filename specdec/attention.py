@@ -205,9 +205,7 @@ def tree_attention(
                 lse,
             )
         case _:
-            raise ValueError(
-                f"backend: expected auto, reference, sdpa or triton, got {backend!r}"
-            )
+            raise ValueError(f"backend: expected auto, reference, sdpa or triton, got {backend!r}")
 
 
 def _triton(
@@ -226,9 +224,7 @@ def _triton(
     if mode not in get_args(Mode):
         raise ValueError(f"mode: expected {', '.join(get_args(Mode))}, got {mode!r}")
     heads, kv_heads = query.shape[1], pages.keys.shape[2]
-    tiling, programs = tiles.choose(
-        query, pages.keys, pages.values, plan.max_rows, len(plan.row_starts) - 1, plan.shared
-    )
+    tiling, programs = tiles.choose(query, pages.keys, pages.values, plan.max_rows, plan.shared)
     schedule = plan.schedule(heads, kv_heads, window, mode, tiling, programs)
     return flash.tree_attention(
         query, pages.keys, pages.values, schedule, scale, softcap, sinks, lse

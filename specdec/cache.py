@@ -306,7 +306,9 @@ class Speculation:
             owners = torch.where(kept, owners, NULL_SEQUENCE).flatten()
             sources = torch.where(kept, base + paths, 0).flatten()
             targets = torch.where(kept, base + step, 0).flatten()
-            cache.pool.move(cache.slots(owners, sources), cache.slots(owners, targets))
+            here, there = cache.slots(owners, sources), cache.slots(owners, targets)
+            # By position, targets do not lie behind their sources, and sources rise.
+            cache.pool.move(here.view(paths.shape), there.view(paths.shape))
             cache.lengths[index] += kept.sum(1)
             longest = [min(rows, paths.shape[1]) for rows in self.rows]
         self._longest = tuple(longest)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.utils import logging as transformers_logging
 
@@ -19,6 +22,7 @@ import specdec
 from specdec import models
 from specdec.drafters import DRAFTERS, DraftModel, NGram
 from specdec.drafting import Drafter
+from specdec.eval.attention import cases, report
 from specdec.eval.compare import compare
 from specdec.eval.cost import measure_step
 from specdec.eval.prompts import DEMO_PROMPT, builtin_prompts
@@ -34,6 +38,8 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="Models that come with a name.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+bench_app = typer.Typer(help="Measurements of the parts, on a GPU.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 out, err = Console(), Console(stderr=True)
 
@@ -57,12 +63,17 @@ def _load(name: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
     transformers_logging.disable_progress_bar()
     where = models.resolve(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"), None)
-    if not isinstance(kind, torch.dtype):
-        raise ValueError(f"dtype: expected a torch dtype such as float32, got {dtype!r}")
+    kind = _dtype(dtype or ("float32" if device == "cpu" else "bfloat16"))
     model = AutoModelForCausalLM.from_pretrained(where, dtype=kind, use_safetensors=True)
     placed: Any = model
     return placed.to(device).eval(), AutoTokenizer.from_pretrained(where)
+
+
+def _dtype(name: str) -> torch.dtype:
+    kind = getattr(torch, name, None)
+    if not isinstance(kind, torch.dtype):
+        raise ValueError(f"dtype: expected a torch dtype such as float32, got {name!r}")
+    return kind
 
 
 def _make_drafter(
@@ -240,3 +251,96 @@ def fetch_model(
     """Downloads a model once; offline afterwards."""
     with _readable_errors():
         out.print(str(models.fetch(name)), highlight=False)
+
+
+@bench_app.command("attention")
+def bench_attention(
+    only: Annotated[str, typer.Option(help="Cases whose name matches, a regular expression.")] = "",
+    peers: Annotated[
+        str | None, typer.Option(help="Arms, comma between; `ours` for all our modes.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Start no case after so many.")] = math.inf,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for attention.json, a table and plots.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of queries, keys and values.")] = "bfloat16",
+    list_: Annotated[bool, typer.Option("--list", help="Only show the cases.")] = False,
+    plots_from: Annotated[
+        Path | None, typer.Option(help="Only draw again from a saved attention.json.")
+    ] = None,
+) -> None:
+    """Times tree attention and its peers against the limits of this GPU."""
+    with _readable_errors():
+        if plots_from is not None:
+            if not _write_report(report.Result.load(plots_from), folder or plots_from.parent):
+                raise typer.Exit(1)
+            return
+        chosen = cases.select(only)
+        if list_:
+            _list_cases(chosen)
+            return
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "bench attention: expected a CUDA device that torch can use, got none "
+                f"(torch {torch.__version__}); --list and --plots-from do without"
+            )
+        from specdec.eval.attention import bench  # needs Triton
+        from specdec.eval.attention import peers as arms
+
+        wanted = arms.named(peers.split(",") if peers else arms.DEFAULT)
+        kind = _dtype(dtype)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+        def after_case(result: report.Result) -> None:
+            if folder is not None:
+                result.save(folder / "attention.json")
+            case = result.cases[-1]
+            times = "  ".join(f"{row.peer} {row.us:.1f}" for row in case.timed)
+            err.print(f"{case.label}: limit {case.limit_us:.1f}  {times}", markup=False)
+
+        result = bench.run(
+            chosen,
+            wanted,
+            device=torch.device("cuda"),
+            dtype=kind,
+            seconds=seconds,
+            after_case=after_case,
+        )
+        out.print(report.table(result))
+        for problem in [*result.own_failures, *filter(None, [result.stopped])]:
+            err.print(problem, markup=False)
+        if folder is not None:
+            result.save(folder / "attention.json")
+            _write_report(result, folder)
+        if result.own_failures:
+            raise typer.Exit(1)
+
+
+def _list_cases(chosen: Sequence[cases.Case]) -> None:
+    table = Table("case", "prefix tree", "rows", "tree", "heads", "page")
+    for case in chosen:
+        levels = " > ".join(f"{nodes} x {tokens}" for nodes, tokens in case.levels)
+        heads = f"{case.heads}/{case.kv_heads} x {case.dim}"
+        table.add_row(
+            Text(case.label), levels, str(case.rows), case.tree, heads, str(case.page_size)
+        )
+    out.print(table)
+
+
+def _write_report(result: report.Result, folder: Path) -> bool:
+    """The table for the documentation and the plots; False if there is no matplotlib for them."""
+    from specdec.eval.attention import plots  # needs matplotlib
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / "attention.md"]
+    files[0].write_text(report.markdown(result))
+    drawn = True
+    try:
+        files += plots.draw(result, folder)
+    except ImportError as error:
+        err.print(str(error), markup=False)
+        drawn = False
+    for file in files:
+        out.print(str(file), markup=False, highlight=False)
+    return drawn

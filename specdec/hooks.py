@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -142,18 +143,25 @@ class PagedAttention:
     def __call__(self, call: AttentionCall) -> Tensor:
         plan = self.plan.on(call.query.device)
         pages = self.pool.layer(call.layer)
-        kernels.write_rows(pages.keys, plan.slots, call.key[0].transpose(0, 1))
-        kernels.write_rows(pages.values, plan.slots, call.value[0].transpose(0, 1))
-        out = tree_attention(
-            call.query[0].transpose(0, 1),
-            pages,
-            plan,
-            scale=call.scale,
-            window=call.window,
-            softcap=call.softcap,
-            sinks=call.sinks,
-            backend=self.backend,
-        )
+        keys, values = call.key[0].transpose(0, 1), call.value[0].transpose(0, 1)
+        with torch.cuda.device_of(call.query):  # the layers of a model may lie on several GPUs
+            if keys.is_cuda:
+                from specdec.kernels import moves  # needs Triton
+
+                moves.write_rows(pages.keys, pages.values, plan.slots, keys, values)
+            else:
+                kernels.write_rows(pages.keys, plan.slots, keys)
+                kernels.write_rows(pages.values, plan.slots, values)
+            out = tree_attention(
+                call.query[0].transpose(0, 1),
+                pages,
+                plan,
+                scale=call.scale,
+                window=call.window,
+                softcap=call.softcap,
+                sinks=call.sinks,
+                backend=self.backend,
+            )
         return out[None]
 
 

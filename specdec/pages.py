@@ -174,16 +174,25 @@ class PagePool:
                 heapq.heappush(self._free, page)
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
-        """Copies K and V rows of every layer from slot to slot.
+        """Copies K and V rows of every layer from slot to slot: one launch a group on a GPU.
 
         Args:
-            sources, targets: [M] int64 slots (page * page_size + offset). They may overlap: all
-                rows are read before the first is written.
+            sources, targets: [B, N] int64 slots (page * page_size + offset), B paths of N rows. A
+                path's sources and targets may overlap, and are moved as if all rows were read
+                before the first is written, if no target is the source of a later row. Paths do
+                not touch each other's slots, except for rows that stay where they are.
         """
         for group in self.groups:
             device = group.shape.device
-            kernels.move_rows(group.keys, sources.to(device), targets.to(device))
-            kernels.move_rows(group.values, sources.to(device), targets.to(device))
+            here, there = sources.to(device), targets.to(device)
+            if group.keys.is_cuda:
+                from specdec.kernels import moves  # needs Triton
+
+                with torch.cuda.device(device):
+                    moves.move_rows(group.keys, group.values, here, there)
+            else:
+                for pages in (group.keys, group.values):
+                    kernels.move_rows(pages, here.flatten(), there.flatten())
 
     def check_integrity(self, owned: Sequence[Sequence[int]]) -> None:
         """Checks that every page is free or owned as often as it is referenced.

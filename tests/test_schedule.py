@@ -17,7 +17,10 @@ pytest.importorskip("triton")
 from specdec.kernels import partition, schedule
 from specdec.kernels.schedule import MODES, Mode, Schedule, Tiling
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE, BLOCK_M, BLOCK_N = 4, 4, 8
+FIELDS = ["START", "STEPS", "BLOCKS", "FIRST_ROW", "TOKENS", "OWNER", "TILE0", "TILES"]
+FIELDS += ["KEY0", "LOOSE", "STEP", "STOP", "ITEM_INDEX"]
 
 
 @dataclass
@@ -43,13 +46,13 @@ class Batch:
         words = max(1, *(-(-len(p) // 32) for p in self.parents))
         bits = [b for parents in self.parents for b in ancestor_bits(parents)]
         return schedule.build(
-            torch.tensor(table),
-            torch.tensor([request.prefix for request in self.requests]),
+            torch.tensor(table, device=DEVICE),
+            torch.tensor([request.prefix for request in self.requests], device=DEVICE),
             PAGE,
-            torch.tensor(starts, dtype=torch.int32),
-            torch.arange(len(rows)).repeat_interleave(torch.tensor(rows)),
-            torch.cat([torch.arange(n) for n in rows]),
-            ancestor_words(bits, words * 32),
+            torch.tensor(starts, dtype=torch.int32, device=DEVICE),
+            torch.arange(len(rows)).repeat_interleave(torch.tensor(rows)).to(DEVICE),
+            torch.cat([torch.arange(n) for n in rows]).to(DEVICE),
+            ancestor_words(bits, words * 32).to(DEVICE),
             max_places=sum(rows),
             max_prefix=max(request.prefix for request in self.requests),
             shared=True,
@@ -93,7 +96,7 @@ def test_items_and_workers_are_those_of_the_reference(
     shape = batch.shape(window)
     expected = partition.items(batch.requests, mode, shape)
     starts = [0, *torch.tensor([r.rows for r in batch.requests]).cumsum(0).tolist()]
-    wanted = Counter()
+    wanted: Counter[tuple[int, ...]] = Counter()
     for item in expected:
         if item.steps(batch.requests, shape):
             loose = sum(shape.loose(batch.requests[r]) for r in item.loose)
@@ -128,7 +131,8 @@ def test_every_pair_of_query_and_key_is_covered_once(
     first = 0
     for request, parents in zip(batch.requests, batch.parents, strict=True):
         for node in range(request.rows):
-            path, at = [], node
+            path: list[int] = []
+            at = node
             while at >= 0:
                 path.insert(0, request.prefix + at)
                 at = parents[at]
@@ -143,12 +147,7 @@ def test_every_pair_of_query_and_key_is_covered_once(
 
 def pairs(built: Schedule, groups: int, kv_heads: int) -> Counter[tuple[int, int, int]]:
     """The (row, head, slot) that the kernel computes, read off the device's tables."""
-    field = {
-        name: getattr(schedule, name).value
-        for name in (
-            "START STEPS BLOCKS FIRST_ROW TOKENS OWNER TILE0 TILES KEY0 LOOSE STEP STOP ITEM_INDEX"
-        ).split()
-    }
+    field = {name: getattr(schedule, name).value for name in FIELDS}
     items, slots, tags = built.items.tolist(), built.key_slots.tolist(), built.key_tags.tolist()
     depths, owners = built.row_depths.tolist(), built.row_requests.tolist()
     bits = [
@@ -190,4 +189,3 @@ def pairs(built: Schedule, groups: int, kv_heads: int) -> Counter[tuple[int, int
                                 found[row, query_head, slots[get["KEY0"] + key]] += 1
             step += end - begin
     return found
-

@@ -7,6 +7,7 @@ draft tree of `rows` nodes in every request.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -35,6 +36,11 @@ class Case:
         return self.levels[-1][0]
 
     @property
+    def prefix(self) -> int:
+        """Tokens before each request's tree; their mean where the case is ragged."""
+        return sum(tokens for _, tokens in self.levels)
+
+    @property
     def label(self) -> str:
         return f"{self.family}: {self.name}"
 
@@ -59,9 +65,9 @@ APPS = {
     128: {1: 5, 2: 20, 3: 80, 4: 22},
     256: {1: 6, 2: 30, 3: 150, 4: 69},
 }
-"""Nodes by depth of DeFT's recorded draft trees (reference: LINs-lab/DeFT, APPS_tree_size*.json)."""
+"""Nodes by depth of DeFT's recorded draft trees (LINs-lab/DeFT, APPS_tree_size*.json)."""
 
-FASTTREE = [
+FASTTREE: list[tuple[Level, ...]] = [
     ((1, 256), (2, 32), (64, 32)),
     ((1, 4000), (10, 400)),
     ((1, 2048), (1024, 32)),
@@ -87,6 +93,7 @@ def all_cases() -> Iterator[Case]:
             yield shared(rows, 4096, 256, batch)
     yield Case("DeFT", "Table 14: 64 leaves over 4096", ((1, 4096), (64, 0)), 1)
     yield Case("DeFT", "star verify, 4096 + 64", ((1, 4096),), 64, tree="star")
+    levels: tuple[Level, ...]
     for leaves in (20, 50):
         levels = ((1, 4000), (leaves, 199))
         yield Case("DeFT", f"few-shot 4000 + 200, {leaves} leaves", levels, 1, page_size=16)
@@ -101,9 +108,7 @@ def all_cases() -> Iterator[Case]:
             yield Case("ChunkAttention", name, levels, 1, kv_heads=32)
     for rows in (1, 16, 64):
         for length in (1024, 4096):
-            yield private(
-                rows, length, 1, family="SmolLM2", heads=9, kv_heads=3, dim=64
-            )
+            yield private(rows, length, 1, family="SmolLM2", heads=9, kv_heads=3, dim=64)
     for levels in FASTTREE:
         name = ",".join(str(n) for n, _ in levels) + " | " + ",".join(str(t) for _, t in levels)
         yield Case("FastTree", name, levels, 1, page_size=32)
@@ -118,6 +123,18 @@ def all_cases() -> Iterator[Case]:
         for rows, length in ((64, 4096), (1, 4096), (64, 16384), (1, 16384)):
             case = private(rows, length, 1, family="page size", page_size=size)
             yield replace(case, name=f"{case.name} page {size}")
+
+
+def select(pattern: str) -> list[Case]:
+    """The cases whose label holds a match of the regular expression `pattern`."""
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"only: expected a regular expression, got {pattern!r}: {error}") from None
+    chosen = [case for case in all_cases() if wanted.search(case.label)]
+    if not chosen:
+        raise ValueError(f"only: expected a match of a case's label, got {pattern!r}")
+    return chosen
 
 
 def parents_of(kind: str, nodes: int) -> list[int]:

@@ -41,11 +41,17 @@ class Timed:
             samples.append(begin.elapsed_time(end) * 1e3 / self.calls)
         return samples
 
-    def measure(self, warm_up: float = 40e3, span: float = 40e3) -> None:
-        """Adds samples after `warm_up` microseconds of the same work, for about `span`."""
+    def measure(self, warm_up: float = 40e3, span: float = 40e3) -> list[float]:
+        """Adds samples after `warm_up` microseconds of the same work, for about `span`.
+
+        Returns:
+            The samples that were added, in microseconds a call.
+        """
         once = self.us * self.calls
         self.replay(int(min(20, max(1, warm_up / once))))
-        self.samples += self.replay(int(min(25, max(3, span / once))))
+        added = self.replay(int(min(25, max(3, span / once))))
+        self.samples += added
+        return added
 
 
 def capture(run: Run, sets: int) -> Timed:

@@ -126,9 +126,7 @@ class Data:
 
         shape = (layout.pages, size, case.kv_heads, case.dim)
         self.pools = [LayerPages(normal(*shape), normal(*shape)) for _ in range(sets)]
-        self.queries = [
-            normal(requests * rows, case.heads, case.dim) for _ in range(sets)
-        ]
+        self.queries = [normal(requests * rows, case.heads, case.dim) for _ in range(sets)]
 
     @cached_property
     def plan(self) -> AttentionPlan:
@@ -137,7 +135,10 @@ class Data:
     def new_plan(self) -> AttentionPlan:
         """A plan whose schedules are not built yet."""
         case, layout = self.case, self.layout
-        on = lambda x: x.to(self.device)  # noqa: E731
+
+        def on(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device)
+
         starts = torch.arange(case.requests + 1, dtype=torch.int32) * case.rows
         return AttentionPlan(
             page_table=on(self.table),

@@ -1,0 +1,304 @@
+"""Runs the attention benchmark: every arm on every case, gated, timed in two rounds, counted.
+
+A time is given only to a result that was compared with float64 before. Rounds run in opposite
+order of the arms, so that a drift of the clocks shows as a difference between the rounds.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+import specdec
+from specdec.attention import Mode, tree_attention
+from specdec.eval.attention import ceilings, clock, peers
+from specdec.eval.attention.cases import Case
+from specdec.eval.attention.data import Data
+from specdec.eval.attention.report import OURS, CaseResult, Ceilings, Counters, Result, Row
+from specdec.kernels import flash
+from specdec.kernels import schedule as work
+
+GATE = 1e-2
+"""The largest relative L2 deviation from float64 of a request and head that is timed."""
+
+CLOCKS = (
+    "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,temperature.gpu"
+)
+
+
+@dataclass(frozen=True)
+class _Arm:
+    """A peer that passed the gate, captured."""
+
+    row: Row
+    prepared: peers.Prepared  # kept: the graph reads its tensors, and writes to some
+    timed: clock.Timed
+
+
+def run(
+    cases: Sequence[Case],
+    chosen: Sequence[peers.Peer],
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    seconds: float = math.inf,
+    after_case: Callable[[Result], None] = lambda _: None,
+) -> Result:
+    """Measures the ceilings, then case after case.
+
+    Args:
+        device: a CUDA device.
+        seconds: after so many no case is started.
+        after_case: called with what there is so far.
+    """
+    begin = time.monotonic()
+    result = Result(provenance(device, dtype), ceilings.measure(device))
+    for case in cases:
+        if time.monotonic() - begin > seconds:
+            result.stopped = f"time was up before {case.label}"
+            break
+        result.cases.append(measure(case, chosen, result.ceilings, device, dtype))
+        result.provenance["clocks_after"] = _clocks(device)
+        after_case(result)
+        broken = _broken(device)
+        if broken is not None:
+            result.stopped = f"the device failed in {case.label}: {broken}"
+            break
+        gc.collect()
+        torch.cuda.empty_cache()
+    return result
+
+
+def measure(
+    case: Case,
+    chosen: Sequence[peers.Peer],
+    limits: Ceilings,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> CaseResult:
+    """All arms on one case."""
+    found = CaseResult(case.label, asdict(case), 0, 0, 0, 0, 0.0)
+    with _noted(found):
+        data = Data(case, device, dtype)
+        found.moved, found.kv_bytes, found.flops = data.bytes, data.kv_bytes, data.flops
+        found.sets = data.sets
+        found.limit_us = limits.limit_us(data.bytes, data.flops)
+        exact = data.exact(0)
+        found.sdpa = _gate_sdpa(data, exact)
+        arms = []
+        for peer in chosen:
+            row = Row(peer.name, peer.paged, skipped=peer.applies(case))
+            found.rows.append(row)
+            if row.skipped is None:
+                with _noted(row):
+                    arms.append(_capture(peer, data, exact, row))
+        _time(arms)
+        _compare(found)
+        _count(data, [arm.row for arm in arms])
+    return found
+
+
+@contextmanager
+def _noted(place: Row | CaseResult) -> Iterator[None]:
+    """An arm may fail in any way; the others go on, and its row says why."""
+    try:
+        yield
+    except Exception as error:
+        place.error = f"{type(error).__name__}: {error}"[:300]
+
+
+def _gate_sdpa(data: Data, exact: Tensor) -> Row:
+    """How far torch's own attention is from float64, as a measure for ours."""
+    peer = peers.PEERS["sdpa"]
+    row = Row(peer.name, skipped=peer.applies(data.case))
+    if row.skipped is None:
+        with _noted(row):
+            prepared = peer.prepare(data)
+            row.detail = prepared.detail
+            row.deviation = _deviation(data, prepared.run(0), exact)
+    return row
+
+
+def _capture(peer: peers.Peer, data: Data, exact: Tensor, row: Row) -> _Arm:
+    """The peer's graph, after its result has passed."""
+    prepared = peer.prepare(data)
+    row.detail = prepared.detail
+    row.deviation = _deviation(data, prepared.run(0), exact)
+    if row.deviation is None or row.deviation > GATE:
+        got = "one that is not finite" if row.deviation is None else f"{row.deviation:.3g}"
+        raise ValueError(f"gate: expected a deviation of at most {GATE}, got {got}")
+    if prepared.plan_us is not None:
+        row.plan_us, row.plan_on = prepared.plan_us(), prepared.plan_on
+    timed = clock.capture(prepared.run, data.sets)
+    row.calls = timed.calls
+    # The graph must compute what the eager call does.
+    again = prepared.run((timed.calls - 1) % data.sets).double()
+    apart = float((timed.last.double() - again).norm() / again.norm())
+    if not apart <= GATE:
+        raise ValueError(f"graph: expected the eager call's result, got one {apart:.2g} away")
+    return _Arm(row, prepared, timed)
+
+
+def _deviation(data: Data, out: Tensor, exact: Tensor) -> float | None:
+    """None if anything is not finite."""
+    error = data.error(out, exact)
+    return error if math.isfinite(error) else None
+
+
+def _time(arms: Sequence[_Arm]) -> None:
+    """Two rounds in opposite order."""
+    samples: dict[str, list[float]] = {arm.row.peer: [] for arm in arms}
+    for order in (arms, arms[::-1]):
+        for arm in order:
+            with _noted(arm.row):
+                added = arm.timed.measure()
+                samples[arm.row.peer] += added
+                arm.row.rounds.append(statistics.median(added))
+    for arm in arms:
+        row, found = arm.row, samples[arm.row.peer]
+        if len(row.rounds) == 2:
+            row.us = statistics.median(found)
+            row.p10, *_, row.p90 = statistics.quantiles(found, n=10, method="inclusive")
+
+
+def _compare(found: CaseResult) -> None:
+    """Our deviations in units of torch's."""
+    base = found.sdpa.deviation if found.sdpa is not None else None
+    for row in found.rows:
+        if base and row.deviation is not None and row.peer.startswith(OURS):
+            row.deviation_over_sdpa = row.deviation / base
+
+
+def _count(data: Data, rows: Sequence[Row]) -> None:
+    """Counters for our rows, in calls of their own that nobody times."""
+    ours = [row for row in rows if row.peer.startswith(OURS)]
+    base = None
+    for row in ours:
+        with _noted(row):
+            base = base or requested_bytes(data, "sequence")
+            mode: Mode = row.peer.removeprefix(OURS)  # type: ignore[assignment]
+            asked = requested_bytes(data, mode)
+            row.counters = Counters(asked, partial_bytes(data, mode), 100 * (1 - asked / base))
+
+
+def requested_bytes(data: Data, mode: Mode) -> int:
+    """Bytes of keys and values that all programs of one call load."""
+    case, pool = data.case, data.pools[0]
+    tree_attention(data.queries[0], pool, data.plan, backend="triton", mode=mode)
+    counter = torch.zeros(1, dtype=torch.int64, device=data.device)
+    flash.tree_attention(
+        data.queries[0],
+        pool.keys,
+        pool.values,
+        schedule=peers.schedule_of(data, mode),
+        scale=1 / math.sqrt(case.dim),
+        softcap=None,
+        sinks=None,
+        counter=counter,
+    )
+    return int(counter) * 2 * case.dim * data.dtype.itemsize
+
+
+def partial_bytes(data: Data, mode: Mode) -> int:
+    """Bytes of partial results that one call leaves for the merge."""
+    schedule = peers.schedule_of(data, mode)
+    element = 4 if data.dtype == torch.float32 else 2
+    row = data.case.dim * element + 2 * 4  # the result; its log-sum-exp and its scale
+    return partial_results(schedule, data.case.kv_heads) * schedule.tiling.block_m * row
+
+
+def partial_results(schedule: work.Schedule, kv_heads: int) -> int:
+    """How many pieces of columns leave a partial result.
+
+    The bounds of the workers and of the columns cut the steps into pieces. One that is a whole
+    column, of rows that no other item has, is a result already.
+    """
+    header, items = schedule.header.tolist(), schedule.items.cpu().numpy()
+    workers = schedule.workers[: header[int(work.WORKERS)], int(work.STEP)].cpu().numpy()
+    items = items[items[:, int(work.STEPS)] * items[:, int(work.BLOCKS)] > 0]
+    columns = items[:, int(work.BLOCKS)] * kv_heads
+    steps = np.repeat(items[:, int(work.STEPS)], columns)
+    alone = np.repeat(items[:, int(work.ALONE)], columns) > 0
+    starts = np.cumsum(steps) - steps
+    total = header[int(work.TOTAL)]
+    cuts = np.unique(np.concatenate([starts, workers, [total]]))
+    column = np.searchsorted(starts, cuts[:-1], side="right") - 1
+    whole = (np.diff(cuts) == steps[column]) & alone[column]
+    return int((~whole).sum())
+
+
+def provenance(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+    """Where and with what the numbers are made."""
+    properties = torch.cuda.get_device_properties(device)
+    clocks = _clocks(device)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["specdec", *sys.argv[1:]]),
+        **_checkout(),
+        "device": properties.name,
+        "driver": clocks.get("driver_version"),
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "specdec": specdec.__version__,
+        "clocks_before": clocks,
+    }
+
+
+def _checkout() -> dict[str, object]:
+    """The commit that runs and whether its files were changed; null outside of a checkout."""
+    file = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=file.parent, capture_output=True, text=True, check=False
+            )
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed copy may lie within somebody else's checkout.
+    if git("ls-files", "--error-unmatch", str(file)) is None:
+        return {"commit": None, "dirty": None}
+    return {"commit": git("rev-parse", "HEAD"), "dirty": git("status", "--porcelain") != ""}
+
+
+def _clocks(device: torch.device) -> dict[str, str]:
+    """What nvidia-smi says; empty without it."""
+    uuid = torch.cuda.get_device_properties(device).uuid
+    query = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={CLOCKS}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=False)
+    except OSError:
+        return {}
+    values = [value.strip() for value in done.stdout.split(",")]
+    return dict(zip(CLOCKS.split(","), values, strict=False)) if done.returncode == 0 else {}
+
+
+def _broken(device: torch.device) -> str | None:
+    """Why the device can do no more: an illegal access spoils all that comes after it."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
