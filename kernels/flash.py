@@ -58,13 +58,15 @@ NEVER = tl.constexpr(float("-inf"))
 
 @triton.jit
 def _scores(qk, scale, softcap, SOFTCAP: tl.constexpr):
-    """Scores in units of log 2, so that exp2 applies."""
+    """Scores, and the factor that is still to come before exp2 applies."""
     if SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2x) + 1)
-        scores = softcap * LOG2E * (1 - 2 / (tl.exp2(qk * (scale / softcap * 2 * LOG2E)) + 1))
+        scores = 1 - 2 / (tl.exp2(qk * (scale / softcap * 2 * LOG2E)) + 1)
+        factor = softcap * LOG2E
     else:
-        scores = qk * (scale * LOG2E)
-    return scores
+        scores = qk
+        factor = scale * LOG2E
+    return scores, factor
 
 
 @triton.jit
@@ -102,15 +104,19 @@ def _loose(PAGES, slots, dims, token, D: tl.constexpr):
 
 @triton.jit
 def _accumulate(
-    acc, peak, total, scores, v,
+    acc, peak, total, scores, factor, v,
     q_dtype: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One step of online softmax; `scores` [M, N] in log 2, -inf where a row does not see a key."""
-    new = tl.maximum(peak, tl.max(scores, 1))
+    """One step of online softmax.
+
+    `scores` [M, N] are -inf where a row does not see a key; times `factor` they and `peak` are
+    in units of log 2. The product is left to the exponent, where it costs nothing.
+    """
+    new = tl.maximum(peak, tl.max(scores, 1) * factor)
     base = new
     if MASKED:  # a row that has seen nothing yet must not compute inf - inf
         base = tl.where(new == NEVER, 0.0, new)
-    p = tl.exp2(scores - base[:, None])
+    p = tl.exp2(scores * factor - base[:, None])
     fade = tl.exp2(peak - base)
     total = total * fade + tl.sum(p, 1)
     acc = tl.dot(p.to(q_dtype), v.to(q_dtype), acc * fade[:, None], input_precision=PRECISION)
@@ -255,6 +261,7 @@ def _attend_kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
     COUNT: tl.constexpr,
+    SAME_TOKEN: tl.constexpr,
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -309,6 +316,8 @@ def _attend_kernel(
             total = tl.zeros([BLOCK_M], tl.float32)
             keys = K + head * k_head
             values = V + head * v_head
+            if SAME_TOKEN:  # the compiler then works out where a tile lies once for both
+                v_token = k_token
 
             # Prefix tiles: every row sees every key. The page is fetched one step ahead.
             table = TABLE + owner.to(tl.int64) * table_width
@@ -320,13 +329,13 @@ def _attend_kernel(
                 page = _page(table, t + 1, last, tile, PAGE, BLOCK_N)
                 k = _dense(keys, now, t, tile, k_dims, k_token, DK, DKP, PAGE, BLOCK_N)
                 qk = tl.dot(q, tl.trans(k).to(q_dtype), input_precision=PRECISION)
-                scores = _scores(qk, scale, softcap, SOFTCAP)
+                scores, factor = _scores(qk, scale, softcap, SOFTCAP)
                 if WINDOW > 0:
                     far = position[:, None] - (t * BLOCK_N + tile)[None, :] >= WINDOW
                     scores = tl.where(far, NEVER, scores)
                 v = _dense(values, now, t, tile, v_dims, v_token, DV, DVP, PAGE, BLOCK_N)
                 acc, peak, total = _accumulate(
-                    acc, peak, total, scores, v, q_dtype, PRECISION, WINDOW > 0
+                    acc, peak, total, scores, factor, v, q_dtype, PRECISION, WINDOW > 0
                 )
             if COUNT:
                 tl.atomic_add(COUNTER, (tl.maximum(last - first, 0) * BLOCK_N).to(tl.int64))
@@ -344,7 +353,7 @@ def _attend_kernel(
                 k = _loose(keys, slots, k_dims, k_token, DK)
                 v = _loose(values, slots, v_dims, v_token, DV)
                 qk = tl.dot(q, tl.trans(k).to(q_dtype), input_precision=PRECISION)
-                scores = _scores(qk, scale, softcap, SOFTCAP)
+                scores, factor = _scores(qk, scale, softcap, SOFTCAP)
                 sees = row_request[:, None] == (tag >> PLACE_BITS)[None, :]
                 if CAUSAL or WINDOW > 0:
                     row_depth = tl.load(ROW_DEPTHS + row, mask=real, other=0)
@@ -366,7 +375,7 @@ def _attend_kernel(
                         sees = sees & ((place[None, :] < 0) | ancestor)
                 scores = tl.where(sees, scores, NEVER)
                 acc, peak, total = _accumulate(
-                    acc, peak, total, scores, v, q_dtype, PRECISION, True
+                    acc, peak, total, scores, factor, v, q_dtype, PRECISION, True
                 )
                 if COUNT:
                     tl.atomic_add(COUNTER, tl.sum((slots >= 0).to(tl.int64), 0))
@@ -383,17 +392,15 @@ def _attend_kernel(
                     total = total * fade + tl.exp2(sink - new)
                     acc = acc * fade[:, None]
                 at_out = OUT + (row * HQ + query_head)[:, None].to(tl.int64) * DV + v_dims[None, :]
-                out = acc / total[:, None]
+                out = acc * (1 / total)[:, None]
                 mask_out = real[:, None] & (v_dims[None, :] < DV)
                 tl.store(at_out, out.to(OUT.dtype.element_ty), mask=mask_out)
             else:
+                # Scaled by its largest value, a row cannot overflow in half the bytes.
+                largest = tl.max(tl.abs(acc), 1)
+                part = acc * (1 / tl.where(largest == 0, 1.0, largest))[:, None]
+                size = largest / tl.where(total == 0, 1.0, total)
                 place = (column0 + column + worker) * BLOCK_M + block_rows
-                part = acc / tl.where(total == 0, 1.0, total)[:, None]
-                size = tl.full([BLOCK_M], 1.0, tl.float32)
-                if PART.dtype.element_ty != tl.float32:
-                    # Half the bytes. Scaled by the row's largest value, nothing can overflow.
-                    size = tl.max(tl.abs(part), 1)
-                    part = part / tl.where(size == 0, 1.0, size)[:, None]
                 tl.store(STATES + place * 2, lse, mask=real)
                 tl.store(STATES + place * 2 + 1, size, mask=real)
                 at_part = PART + place[:, None].to(tl.int64) * DV + v_dims[None, :]
@@ -434,7 +441,7 @@ def tree_attention(
     early = dependent and schedule.used
     schedule.used = True
     same = {
-        "HQ": heads, "G": heads // kv_heads, "DV": dv, "DVP": triton.next_power_of_2(dv),
+        "HQ": heads, "G": heads // kv_heads, "DV": dv, "DVP": max(16, triton.next_power_of_2(dv)),
         "BLOCK_M": tiling.block_m, "HAS_SINKS": sinks is not None, "HAS_LSE": lse is not None,
         "PDL": dependent,
     }  # fmt: skip
@@ -448,12 +455,12 @@ def tree_attention(
         scale, softcap or 1.0, schedule.page_table.shape[1],
         query.stride(0), query.stride(1),
         keys.stride(1), keys.stride(2), values.stride(1), values.stride(2),
-        DK=dk, DKP=triton.next_power_of_2(dk), PAGE=schedule.page_size,
+        DK=dk, DKP=max(16, triton.next_power_of_2(dk)), PAGE=schedule.page_size,
         W=schedule.words.shape[-1] if schedule.words.ndim == 2 else 1,
         CAUSAL=schedule.causal, WINDOW=schedule.window or 0, SOFTCAP=softcap is not None,
         BLOCK_N=tiling.block_n, LOOSE_N=tiling.loose_n,
         LOOSE_STAGES=tiling.loose_stages, LOOSE_STEPS=tiling.loose_steps, STAGES=tiling.stages,
-        COUNT=counter is not None, **same,
+        COUNT=counter is not None, SAME_TOKEN=keys.stride(1) == values.stride(1), **same,
         num_warps=tiling.warps, enable_fp_fusion=True, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     # About as many pieces at a time as a column has; one warp holds all of a row's.

@@ -157,7 +157,7 @@ def _requests(
     BLOCK: tl.constexpr,
     PAGES: tl.constexpr,
 ):
-    """One program a request: its facts, the depths of its rows, and what it shares with the last."""
+    """One program a request: its facts, its rows' depths, what it shares with the one before."""
     request = tl.program_id(0)
     row0 = tl.load(ROW_STARTS + request).to(tl.int32)
     end = tl.load(ROW_STARTS + request + 1).to(tl.int32)

@@ -174,6 +174,8 @@ def tree_attention(
         raise ValueError(f"query: the plan has {len(plan.slots)} rows, got {len(query)}")
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1 position, got {window}")
+    if (scale is not None and scale <= 0) or (softcap is not None and softcap <= 0):
+        raise ValueError(f"scale, softcap: expected positive numbers, got {scale}, {softcap}")
     if lse is not None and (lse.shape != query.shape[:2] or lse.dtype != torch.float32):
         raise ValueError(
             f"lse: expected {list(query.shape[:2])} float32, got {list(lse.shape)} {lse.dtype}"

@@ -526,7 +526,9 @@ def test_wrong_arguments_are_named(model: Any, prompts: Tensor) -> None:
         specdec.wrap(model, page_size=2.0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"seed: expected an integer, got 1\.5"):
         wrapped.generate(prompts, do_sample=True, seed=1.5)
-    with pytest.raises(ValueError, match="backend: expected auto, reference, sdpa, triton, got 'flash'"):
+    with pytest.raises(
+        ValueError, match="backend: expected auto, reference, sdpa, triton, got 'flash'"
+    ):
         specdec.wrap(model, backend="flash")  # type: ignore[arg-type]
     with pytest.raises(
         NotImplementedError, match="streamer=Recorder is not supported: what stream"

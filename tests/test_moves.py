@@ -289,7 +289,7 @@ def test_writing_is_captured_and_does_not_wait(dtype: torch.dtype) -> None:
     graph = captured(lambda: moves.write_rows(*arguments))
     key_pages, value_pages, slots, keys, values = arguments
     for pages in (key_pages, value_pages):
-        pages.fill_(torch.nan)
+        pages.copy_(poisoned(*pages.shape, dtype=dtype))
     keys.normal_()
     slots.copy_(some_slots(len(slots)))
     graph.replay()
