@@ -467,11 +467,14 @@ def tree_attention(
     columns = max(triton.cdiv(rows * heads, tiling.block_m), schedule.requests * kv_heads)
     pieces = min(32, max(8, triton.next_power_of_2(schedule.programs // columns)))
     merge_rows = 4 if rows * heads >= 8192 else 1
+    if not query.is_cuda:
+        merge_rows = 64  # the interpreter pays for programs, not for rows
     _merge_kernel[(triton.cdiv(rows * heads, merge_rows),)](
         out, nothing if lse is None else lse, part, states,
         schedule.header, schedule.items, schedule.rows,
         nothing if sinks is None else sinks, rows, **same,
         MERGE_ROWS=merge_rows, MERGE_PIECES=pieces,
-        num_warps=merge_rows, enable_fp_fusion=True, **({"launch_pdl": True} if dependent else {}),
+        num_warps=min(4, merge_rows), enable_fp_fusion=True,
+        **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
     return out

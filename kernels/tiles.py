@@ -1,7 +1,7 @@
 """Which tile sizes the Triton tree attention runs with. Nothing is tuned at run time.
 
-The table was measured on an H200 (docs/tree-attention.md); what it asks of shared memory is then cut
-down to what the GPU at hand has.
+The table was measured on an H200 (docs/tree-attention.md); what it asks of shared memory is then
+cut down to what the GPU at hand has.
 """
 
 from __future__ import annotations

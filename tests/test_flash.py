@@ -1,4 +1,4 @@
-"""The Triton backend against the definition: in Triton's interpreter here, on the device with a GPU.
+"""The Triton backend against the definition, in Triton's interpreter where there is no GPU.
 
 The interpreter rounds bfloat16 products wrongly, so that dtype is tested on a GPU only.
 """
@@ -23,6 +23,12 @@ pytest.importorskip("triton")
 
 from specdec.kernels import flash, tiles
 from specdec.kernels.schedule import MODES, Mode, Tiling
+
+# numpy, below the interpreter, remarks on rows that have seen no key yet.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:divide by zero"),
+    pytest.mark.filterwarnings("ignore:invalid value"),
+]
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -278,7 +284,7 @@ trees = st.lists(st.integers(0, 10**6), max_size=40).map(
 )
 
 
-@settings(max_examples=60 if GPU else 10, deadline=None)
+@settings(max_examples=60 if GPU else 20, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 70), trees), min_size=1, max_size=4),
     st.sampled_from(MODES),
@@ -293,7 +299,7 @@ def test_random_trees_and_batches(
 
 def test_wrong_modes_and_missing_devices_are_named() -> None:
     scene = private()
-    with pytest.raises(ValueError, match="mode: expected sequence, node, .*got 'best'"):
+    with pytest.raises(ValueError, match=r"mode: expected sequence, node, .*got 'best'"):
         scene.run("best")  # type: ignore[arg-type]
 
 

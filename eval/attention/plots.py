@@ -21,7 +21,8 @@ def draw(result: Result, folder: Path) -> list[Path]:
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'specdec-toolkit[eval]'") from error
     timed = [case for case in result.cases if case.timed]
-    counted = [case for case in timed if len(_requested(case)) > 1]
+    # Where nothing is shared, every mode asks for the same bytes.
+    counted = [case for case in timed if any(share < 0.99 for share in _requested(case).values())]
     pictures = []
     if timed:
         pictures += [("time_against_limit", _time_against_limit), ("roofline", _roofline)]
