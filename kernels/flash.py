@@ -123,7 +123,7 @@ def _accumulate(
     return acc, new, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _merge_kernel(
     OUT,
     LSE,
@@ -210,7 +210,7 @@ def _merge_kernel(
     tl.store(at_out, out.to(OUT.dtype.element_ty), mask=write[:, None] & (dims[None, :] < DV))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"])
 def _attend_kernel(
     Q,
     K,

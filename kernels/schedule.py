@@ -134,7 +134,8 @@ def _either(a, b):
     return a | b
 
 
-@triton.jit
+# What changes from call to call must not make the compiler specialise.
+@triton.jit(do_not_specialize=["table_width"])
 def _requests(
     ROW_STARTS,
     SEQUENCES,
@@ -222,9 +223,9 @@ def _requests(
 
 
 @triton.jit
-def _pick(table, index, columns):
-    """table[index] for vectors held in registers."""
-    return tl.sum(tl.where(columns[None, :] == index[:, None], table[None, :], 0), 1)
+def _pick(table, index, B: tl.constexpr):
+    """table[index] for vectors held in registers; anything where the index is out of range."""
+    return tl.gather(table, tl.minimum(tl.maximum(index, 0), B - 1), 0)
 
 
 @triton.jit
@@ -235,23 +236,105 @@ def _pieces(steps, span):
 
 
 @triton.jit
-def _intervals(common, requests, B: tl.constexpr):
-    """For every request the node it opens: [first, last) requests, and the first of its kind."""
-    k = tl.arange(0, B)
-    row, column = k[:, None], k[None, :]
-    smaller = common[None, :] < common[:, None]
-    first = tl.max(tl.where(smaller & (column < row), column, 0), 1)
-    last = tl.min(tl.where(smaller & (column > row), column, requests), 1)
-    same = (common[None, :] == common[:, None]) & (column > first[:, None]) & (column <= row)
-    lead = tl.min(tl.where(same, column, row), 1)
-    return first, last, lead
+def _intervals(common, prefix, requests, SCRATCH, B: tl.constexpr, WINDOW: tl.constexpr):
+    """For every request k the requests around it that share at least what it shares with k - 1.
+
+    Returns [B] vectors: the interval [first, last), the first number in it that shares no more
+    than k, the most that two neighbours in it share, and the shortest prefix.
+    """
+    SOME: tl.constexpr = 16  # rows of the comparison at a time: all would not fit in registers
+    column = tl.arange(0, B)[None, :]
+    tl.store(SCRATCH + tl.arange(0, B), common)
+    tl.debug_barrier()
+    for start in range(0, B, SOME):
+        k = start + tl.arange(0, SOME)
+        mine, row = tl.load(SCRATCH + k)[:, None], k[:, None]
+        smaller = common[None, :] < mine
+        first = tl.max(tl.where(smaller & (column < row), column, 0), 1)
+        last = tl.min(tl.where(smaller & (column > row), column, requests), 1)
+        within = (column > first[:, None]) & (column < last[:, None])
+        same = within & (common[None, :] == mine)
+        tl.store(SCRATCH + B + k, first)
+        tl.store(SCRATCH + 2 * B + k, last)
+        tl.store(SCRATCH + 3 * B + k, tl.min(tl.where(same, column, row), 1))
+        tl.store(SCRATCH + 4 * B + k, tl.max(tl.where(within, common[None, :], -1), 1))
+        if WINDOW > 0:
+            inside = (column >= first[:, None]) & (column < last[:, None])
+            shortest = tl.min(tl.where(inside, prefix[None, :], UNLIMITED), 1)
+            tl.store(SCRATCH + 5 * B + k, shortest)
+    tl.debug_barrier()
+    at = SCRATCH + tl.arange(0, B)
+    shortest = tl.load(at + 5 * B) if WINDOW > 0 else common
+    return (
+        tl.load(at + B), tl.load(at + 2 * B), tl.load(at + 3 * B), tl.load(at + 4 * B), shortest,
+    )  # fmt: skip
 
 
 @triton.jit
+def _prefix_tree(
+    common, row0, rows, loose, prefix, tiles, requests, columns_limit, SCRATCH,
+    B: tl.constexpr, G: tl.constexpr, HKV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """The nodes that several requests share, each under the number of a request that opens it.
+
+    Returns [B] vectors: of the node the requests [first, last), the tiles above it, its own tiles
+    (0 if the number opens none), the number of the node above it (-1 for none) and the shortest
+    prefix in it; of the leaf the tiles above it and the number of the node above it; and whether
+    the node takes the loose keys of its requests, which then all part right below it.
+    """
+    k = tl.arange(0, B)
+    real = k < requests
+    blocks = (rows * G + BLOCK_M - 1) // BLOCK_M
+    if MODE == AUTO:
+        # Rows that fill a block of their own gain nothing from a block with others.
+        both = ((rows + _pick(rows, k - 1, B)) * G + BLOCK_M - 1) // BLOCK_M
+        common = tl.where(both < blocks + _pick(blocks, k - 1, B), common, 0)
+    common = tl.where((k > 0) & real, common, -1)
+    first, last, lead, deepest, shortest = _intervals(common, prefix, requests, SCRATCH, B, WINDOW)
+    end = tl.where(last < requests, _pick(row0, last, B), tl.sum(rows, 0))
+    together = ((end - _pick(row0, first, B)) * G + BLOCK_M - 1) // BLOCK_M
+    inner = (lead == k) & (common > 0)
+    if tl.sum(tl.where(inner, together, 0), 0) * HKV > columns_limit:  # no room for the partials
+        common = tl.minimum(common, 0)
+        inner = common > 0
+    at_first = _pick(common, first, B)
+    at_last = tl.where(last < requests, _pick(common, last, B), -1)
+    depth = tl.maximum(tl.maximum(at_first, at_last), 0)
+    node_tiles = tl.where(inner, common - depth, 0)
+    above = tl.where(at_first >= at_last, _pick(lead, first, B), last)
+    above = tl.where(inner & (depth > 0), above, -1)
+    after = tl.where(k + 1 < requests, _pick(common, k + 1, B), -1)
+    leaf_depth = tl.maximum(tl.maximum(common, after), 0)
+    leaf_above = tl.where(common >= after, lead, k + 1)
+    leaf_above = tl.where(leaf_depth > 0, leaf_above, -1)
+    absorbs = tl.zeros([B], tl.int32)
+    if (MODE == FLATTEN) | (MODE == AUTO):
+        # A node whose requests part right below it may take their loose keys into its own item,
+        # where all of them share tiles under a mask.
+        if MODE == AUTO:
+            keys = _over(loose, first, last, B)
+            apart = _over((loose + BLOCK_N - 1) // BLOCK_N * blocks, first, last, B)
+            pays = (keys + BLOCK_N - 1) // BLOCK_N * together < apart
+        else:
+            pays = _over(tl.where(real, tiles - leaf_depth, 0), first, last, B) == 0
+        absorbs = (inner & (deepest == common) & pays).to(tl.int32)
+    return first, last, depth, node_tiles, above, shortest, leaf_depth, leaf_above, absorbs
+
+
+@triton.jit
+def _over(values, first, last, B: tl.constexpr):
+    """The sum of `values` over each interval of requests."""
+    sums = tl.cumsum(values, 0)
+    return _pick(sums, last - 1, B) - tl.where(first > 0, _pick(sums, first - 1, B), 0)
+
+
+@triton.jit(do_not_specialize=["requests", "programs", "chunk", "columns_limit"])
 def _items(
     REQUESTS,
     HEADER,
     ITEMS,
+    SCRATCH,
     requests,
     programs,
     chunk,
@@ -262,7 +345,7 @@ def _items(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
-    SHARED: tl.constexpr,
+    TREE: tl.constexpr,
     MODE: tl.constexpr,
     LOOSE_STEPS: tl.constexpr,
 ):
@@ -279,80 +362,35 @@ def _items(
     loose = prefix % BLOCK_N + keys
     key0 = tl.cumsum(loose, 0) - loose
 
-    node_depth = tl.zeros([B], tl.int32)  # of the parent of the node that a request opens
-    node_tiles = tl.zeros([B], tl.int32)
-    first, last, lead = k, k + 1, k
-    above = tl.full([B], -1, tl.int32)  # parent of that node
-    leaf_depth = tl.zeros([B], tl.int32)
-    leaf_above = tl.full([B], -1, tl.int32)
-    absorbs = tl.zeros([B], tl.int32)
-    absorbed = tl.zeros([B], tl.int32)
-    common = tl.zeros([B], tl.int32)
-    if SHARED:
-        if MODE != SEQUENCE_MODE:
-            common = tl.load(at + COMMON, mask=real, other=0)
-            if MODE == AUTO:
-                # Rows that fill a block of their own gain nothing from a block with others.
-                mine = (rows * G + BLOCK_M - 1) // BLOCK_M
-                before = _pick(rows, k - 1, k)
-                theirs = (before * G + BLOCK_M - 1) // BLOCK_M
-                both = ((rows + before) * G + BLOCK_M - 1) // BLOCK_M
-                common = tl.where(both < mine + theirs, common, 0)
-            common = tl.where((k > 0) & real, common, -1)
-            first, last, lead = _intervals(common, requests, B)
-            inner = (lead == k) & (common > 0)
-            tokens = _pick(row0, last, k)
-            total_rows = tl.sum(rows, 0)
-            tokens = tl.where(last < requests, tokens, total_rows) - _pick(row0, first, k)
-            blocks = tl.where(inner, (tokens * G + BLOCK_M - 1) // BLOCK_M, 0)
-            if tl.sum(blocks, 0) * HKV > columns_limit:  # there would be no room for partials
-                common = tl.where((k > 0) & real, 0, -1)
-                first, last, lead = _intervals(common, requests, B)
-            inner = (lead == k) & (common > 0)
-            at_first = _pick(common, first, k)
-            at_last = tl.where(last < requests, _pick(common, last, k), -1)
-            node_depth = tl.maximum(tl.maximum(at_first, at_last), 0)
-            node_tiles = tl.where(inner, common - node_depth, 0)
-            above = tl.where(at_first >= at_last, _pick(lead, first, k), last)
-            above = tl.where(inner & (node_depth > 0), above, -1)
-            after = tl.where(k + 1 < requests, _pick(common, k + 1, k), -1)
-            leaf_depth = tl.maximum(tl.maximum(common, after), 0)
-            leaf_above = tl.where(common >= after, lead, k + 1)
-            leaf_above = tl.where(leaf_depth > 0, leaf_above, -1)
-            if (MODE == FLATTEN) | (MODE == AUTO):
-                # A node whose requests part right below it may take their loose keys into its own
-                # item, where all of them share tiles under a mask.
-                inside = (k[None, :] >= first[:, None]) & (k[None, :] < last[:, None])
-                child = inside & (leaf_above[None, :] == k[:, None])
-                children = tl.sum(child.to(tl.int32), 1)
-                if MODE == AUTO:
-                    own = (loose + BLOCK_N - 1) // BLOCK_N * ((rows * G + BLOCK_M - 1) // BLOCK_M)
-                    together = tl.sum(tl.where(child, loose[None, :], 0), 1)
-                    together = (together + BLOCK_N - 1) // BLOCK_N * blocks
-                    pays = together < tl.sum(tl.where(child, own[None, :], 0), 1)
-                else:
-                    long = child & (tiles[None, :] > leaf_depth[None, :])
-                    pays = tl.sum(long.to(tl.int32), 1) == 0
-                absorbs = (inner & (children == last - first) & pays).to(tl.int32)
-            absorbed = _pick(absorbs, leaf_above, k)
-
-    # Inner nodes.
-    inner_row0 = _pick(row0, first, k)
-    inner_end = tl.where(last < requests, _pick(row0, last, k), tl.sum(rows, 0))
-    inner_key0 = _pick(key0, first, k)
-    inner_key1 = tl.where(last < requests, _pick(key0, last, k), tl.sum(loose, 0))
-    inner_loose = tl.where(absorbs > 0, inner_key1 - inner_key0, 0)
-    inner_tile0 = node_depth
+    if TREE:
+        common = tl.load(at + COMMON, mask=real, other=0)
+        first, last, depth, node_tiles, above, shortest, leaf_depth, leaf_above, absorbs = (
+            _prefix_tree(
+                common, row0, rows, loose, prefix, tiles, requests, columns_limit, SCRATCH,
+                B, G, HKV, BLOCK_M, BLOCK_N, WINDOW, MODE,
+            )
+        )  # fmt: skip
+        absorbed = tl.where(leaf_above >= 0, _pick(absorbs, leaf_above, B), 0)
+        inner_row0 = _pick(row0, first, B)
+        inner_end = tl.where(last < requests, _pick(row0, last, B), tl.sum(rows, 0))
+        inner_key0 = _pick(key0, first, B)
+        inner_loose = tl.where(absorbs > 0, _over(loose, first, last, B), 0)
+        inner_owner = _pick(sequence, first, B)
+        if WINDOW > 0:
+            # Tiles that are out of every row's window; a root stands at the end of its prefix.
+            start = tl.maximum(shortest - WINDOW + 1, 0) // BLOCK_N
+            cut = tl.minimum(tl.maximum(start - depth, 0), node_tiles)
+            depth += cut
+            node_tiles -= cut
+    else:
+        nothing = tl.zeros([B], tl.int32)
+        depth, node_tiles, inner_loose, inner_owner = nothing, nothing, nothing, nothing
+        inner_row0, inner_end, inner_key0, absorbs, absorbed = row0, row0, key0, nothing, nothing
+        leaf_depth = nothing
+        above, leaf_above = nothing - 1, nothing - 1
     leaf_tiles = tl.where(rows > 0, tiles - leaf_depth, 0)
     leaf_tile0 = leaf_depth
     if WINDOW > 0:
-        # Tiles that are out of every row's window; a root stands at the end of its prefix.
-        inside = (k[None, :] >= first[:, None]) & (k[None, :] < last[:, None])
-        start = tl.min(tl.where(inside, prefix[None, :], UNLIMITED), 1)
-        start = tl.maximum(start - WINDOW + 1, 0) // BLOCK_N
-        cut = tl.minimum(tl.maximum(start - inner_tile0, 0), node_tiles)
-        inner_tile0 += cut
-        node_tiles -= cut
         start = tl.maximum(prefix - WINDOW + 1, 0) // BLOCK_N
         cut = tl.minimum(tl.maximum(start - leaf_tile0, 0), leaf_tiles)
         leaf_tile0 += cut
@@ -363,8 +401,9 @@ def _items(
 
     # Leaves: what a request has for itself.
     leaf_loose = tl.where((absorbed > 0) | (rows == 0), 0, loose)
-    child = leaf_above[None, :] == k[:, None]
-    leaves = tl.sum(tl.where(child, leaf_tiles[None, :] + leaf_loose[None, :], 0), 1)
+    leaves = tl.zeros([B], tl.int32)  # what the requests of a node keep for themselves
+    if TREE:
+        leaves = _over(tl.where(real, leaf_tiles + leaf_loose, 0), first, last, B)
     leaf_steps = leaf_tiles + (leaf_loose + BLOCK_N - 1) // BLOCK_N * LOOSE_STEPS
     leaf_blocks = tl.where(leaf_steps > 0, (rows * G + BLOCK_M - 1) // BLOCK_M, 0)
 
@@ -420,8 +459,8 @@ def _items(
     tl.store(at + BLOCKS, inner_blocks)
     tl.store(at + FIRST_ROW, inner_row0)
     tl.store(at + TOKENS, inner_tokens)
-    tl.store(at + OWNER, _pick(sequence, first, k))
-    tl.store(at + TILE0, inner_tile0)
+    tl.store(at + OWNER, inner_owner)
+    tl.store(at + TILE0, depth)
     tl.store(at + TILES, node_tiles)
     tl.store(at + KEY0, inner_key0)
     tl.store(at + LOOSE, inner_loose)
@@ -449,7 +488,7 @@ def _items(
     tl.store(at + SPAN, leaf_span)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width", "max_workers", "max_keys", "total_rows", "requests"])
 def _tables(
     REQUESTS,
     HEADER,
@@ -493,7 +532,7 @@ def _tables(
     length = tl.load(at + PREFIX)
     tail = length % BLOCK_N
     count = tail + tl.load(at + KEYS)
-    place = index - (_pick(ends, owner, k) - count) - tail
+    place = index - (_pick(ends, owner, B) - count) - tail
     position = tl.where(found, length + place, 0)
     page = tl.minimum(position // PAGE, table_width - 1)
     sequence = tl.load(at + SEQUENCE)
@@ -591,8 +630,9 @@ def build(
     slots_per_request = max(16, triton.next_power_of_2(requests))
     blocks = triton.cdiv(rows * groups, tiling.block_m)
     columns = (blocks + requests) * kv_heads  # of the leaves
+    shared = shared and mode != "sequence"
     limit = 0
-    if shared and mode != "sequence":
+    if shared:
         limit = (3 * blocks + requests) * kv_heads
     columns += limit
     even = mode in ("sequence", "flatten", "auto")
@@ -611,7 +651,7 @@ def build(
     key_slots, key_tags = empty(max_keys), empty(max_keys)
     row_table, row_requests = empty(rows, 16), empty(rows)
     row_depths, row_positions = empty(rows), empty(rows)
-    seen = empty(requests, width)
+    seen, scratch = empty(requests, width), empty(6, slots_per_request)
     given = row_depths if ancestors is None else ancestors
     words = empty(rows, width) if window and ancestors is not None else given
     number = MODES.index(mode)
@@ -623,13 +663,13 @@ def build(
         BLOCK=128, PAGES=1024, **shape,
     )  # fmt: skip
     _items[(1,)](
-        table, header, items, requests, programs, chunk, limit,
+        table, header, items, scratch, requests, programs, chunk, limit,
         B=slots_per_request, G=groups, HKV=kv_heads, BLOCK_M=tiling.block_m,
-        BLOCK_N=tiling.block_n, WINDOW=window or 0, SHARED=shared, MODE=number,
+        BLOCK_N=tiling.block_n, WINDOW=window or 0, TREE=shared, MODE=number,
         LOOSE_STEPS=tiling.loose_steps,
         num_warps=4 if slots_per_request <= 32 else 8,
     )  # fmt: skip
-    block = 128
+    block = max(16, min(128, 16384 // slots_per_request))  # it meets every request
     _tables[(triton.cdiv(max(max_keys, rows, workers), block),)](
         table, header, items, page_table, page_table.shape[1],
         worker_table, workers, key_slots, key_tags, max_keys,

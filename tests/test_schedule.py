@@ -189,3 +189,14 @@ def pairs(built: Schedule, groups: int, kv_heads: int) -> Counter[tuple[int, int
                                 found[row, query_head, slots[get["KEY0"] + key]] += 1
             step += end - begin
     return found
+
+
+def test_hundreds_of_requests_share_a_prefix() -> None:
+    requests = [partition.Request([1, 2, 3 + r], 9, 1, 1) for r in range(300)]
+    batch = Batch(requests, [[-1]] * 300, groups=1, kv_heads=1)
+    built = batch.build("auto")
+    used = built.items[built.items[:, schedule.STEPS.value] > 0].tolist()
+    assert [row[schedule.TOKENS.value] for row in used] == [300, *[1] * 300]
+    covered = pairs(built, 1, 1)
+    assert set(covered.values()) == {1}
+    assert len(covered) == 300 * 10
