@@ -1,4 +1,4 @@
-"""Flash tree attention in Triton over the work list of `specdec.kernels.schedule`.
+"""Flash tree attention in Triton over the work list of `specdec.kernels.worklist`.
 
 One persistent launch: each program works through its interval of steps. Prefix tiles need no mask;
 only loose keys (the end of a prefix, and trees) are tested one by one. Rows are query tokens times
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.schedule import (
+from specdec.kernels.worklist import (
     ALONE,
     BLOCKS,
     COLUMN0,

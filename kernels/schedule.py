@@ -3,121 +3,65 @@
 `specdec.kernels.partition` states in plain Python what each mode means; this is the same thing from
 device tensors with static shapes, so that it never waits for the host and can be captured.
 
-A *tile* is `block_n` keys of a sequence, counted from its first; a *step* is one tile against
-`block_m` packed rows (query tokens x heads of a group); a *column* is all steps of the same rows
-and key/value head; an *item* is all columns of one node of the prefix tree. Steps are numbered item
-by item, column by column; a *worker* takes an interval of them. Where a column is cut, or rows have
-several items, each piece leaves a partial result in slot `column + worker`, which is unique because
-from one piece to the next either the column or the worker advances.
-
-How the prefix tree is found without building one: `common[k]` is the number of leading tiles that
-request k shares with request k - 1. The nodes of the tree are the intervals of requests between
-nearest smaller values of that array, as in a suffix array.
-
-Letters: B requests, R rows, W words of ancestor bits, X slots for items (2 per request).
+Letters: B requests, R rows, W words of ancestor bits.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-Mode = Literal["sequence", "node", "node_chunk", "flatten", "two_phase", "auto"]
-MODES: tuple[Mode, ...] = ("sequence", "node", "node_chunk", "flatten", "two_phase", "auto")
-
-# Columns of the request table.
-ROW0, ROWS, SEQUENCE, PREFIX, KEYS, COMMON = (tl.constexpr(c) for c in range(6))
-REQUEST_FIELDS = tl.constexpr(8)
-
-# Columns of the item table.
-START = tl.constexpr(0)  # first step
-STEPS = tl.constexpr(1)  # of each column
-BLOCKS = tl.constexpr(2)  # of block_m packed rows
-FIRST_ROW = tl.constexpr(3)
-TOKENS = tl.constexpr(4)  # query tokens
-OWNER = tl.constexpr(5)  # the sequence whose page table is read
-TILE0 = tl.constexpr(6)  # first dense tile
-TILES = tl.constexpr(7)  # dense tiles: every row sees every key
-KEY0 = tl.constexpr(8)  # first entry of the key table
-LOOSE = tl.constexpr(9)  # entries of the key table, masked one by one
-PARENT = tl.constexpr(10)  # the item of the enclosing node, -1 for none
-ALONE = tl.constexpr(11)  # no other item has these rows
-COLUMN0 = tl.constexpr(12)  # first column
-WORKER0 = tl.constexpr(13)  # first worker, where each column is cut
-SPAN = tl.constexpr(14)  # steps of a worker, where each column is cut; 0 where all steps are
-ITEM_FIELDS = tl.constexpr(16)
-
-# Columns of the worker table: its first item, copied, so that one load finds all; then
-STEP = tl.constexpr(16)  # first step
-STOP = tl.constexpr(17)  # end of the interval
-ITEM_INDEX = tl.constexpr(18)
-WORKER_FIELDS = tl.constexpr(32)
-
-# Entries of the header.
-QUOTA = tl.constexpr(0)  # steps of a worker, where all steps are cut
-WORKERS = tl.constexpr(1)
-TOTAL = tl.constexpr(2)
-WHOLE_CUT = tl.constexpr(3)  # whether all steps are cut, rather than each column
-HEADER_FIELDS = tl.constexpr(16)
-
-# Modes, as the kernels know them.
-SEQUENCE_MODE, NODE, NODE_CHUNK, FLATTEN, TWO_PHASE, AUTO = (tl.constexpr(c) for c in range(6))
-
-UNLIMITED = tl.constexpr(1 << 30)
-
-
-# A key's request and its place behind the prefix (negative within it), in one number.
-PLACE_BITS = tl.constexpr(20)
-PLACE_MASK = tl.constexpr((1 << 20) - 1)
-PLACE_ZERO = tl.constexpr(256)
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """The shape of the kernel: what is fixed when it is compiled or launched."""
-
-    block_m: int  # packed rows of a step
-    block_n: int  # keys of a step
-    warps: int
-    stages: int  # of the pipeline that loads keys and values
-    ctas: int  # programs for each multiprocessor
-    loose_n: int = 32  # loose keys of a turn
-    loose_stages: int = 1
-    loose_steps: int = 2  # a tile of loose keys is as much work as so many dense ones
-
-
-@dataclass(eq=False)
-class Schedule:
-    """The work list, as device tensors; see the columns above."""
-
-    mode: Mode
-    tiling: Tiling
-    window: int | None
-    causal: bool
-    programs: int
-    requests: int
-    header: Tensor  # [16] int32
-    items: Tensor  # [2B, 16] int32
-    workers: Tensor  # [workers, 32] int32
-    key_slots: Tensor  # [keys] int32, -1 for none
-    key_tags: Tensor  # [keys] int32, request and place in one number
-    rows: Tensor  # [R, 16] int32, the innermost item of each row, copied
-    row_requests: Tensor  # [R] int32
-    row_depths: Tensor  # [R] int32
-    row_positions: Tensor  # [R] int32, prefix + depth
-    words: Tensor  # [R, W] int32, ancestors within the window
-    page_table: Tensor  # [S, pages]
-    prefix_lens: Tensor  # [S]
-    page_size: int
-    slots: int  # room for partial results
-    used: bool = False  # by a launch of attention
+from specdec.kernels.prefix_tree import over, pick, prefix_tree
+from specdec.kernels.worklist import (
+    ALONE,
+    AUTO,
+    BLOCKS,
+    COLUMN0,
+    COMMON,
+    FIRST_ROW,
+    FLATTEN,
+    ITEM_FIELDS,
+    ITEM_INDEX,
+    KEY0,
+    KEYS,
+    LOOSE,
+    MODES,
+    NODE,
+    NODE_CHUNK,
+    OWNER,
+    PARENT,
+    PLACE_BITS,
+    PLACE_MASK,
+    PLACE_ZERO,
+    PREFIX,
+    QUOTA,
+    REQUEST_FIELDS,
+    ROW0,
+    ROWS,
+    SEQUENCE,
+    SEQUENCE_MODE,
+    SPAN,
+    START,
+    STEP,
+    STEPS,
+    STOP,
+    TILE0,
+    TILES,
+    TOKENS,
+    TOTAL,
+    UNLIMITED,
+    WHOLE_CUT,
+    WORKER0,
+    WORKER_FIELDS,
+    WORKERS,
+    Mode,
+    Schedule,
+    Tiling,
+)
 
 
 @triton.jit
@@ -223,110 +167,10 @@ def _requests(
 
 
 @triton.jit
-def _pick(table, index, B: tl.constexpr):
-    """table[index] for vectors held in registers; anything where the index is out of range."""
-    return tl.gather(table, tl.minimum(tl.maximum(index, 0), B - 1), 0)
-
-
-@triton.jit
 def _pieces(steps, span):
     """How many pieces a column has; none if it has no steps."""
     # Not (steps + span - 1) // span: the sum overflows for an unlimited span.
     return tl.where(steps > 0, (steps - 1) // tl.maximum(span, 1) + 1, 0)
-
-
-@triton.jit
-def _intervals(common, prefix, requests, SCRATCH, B: tl.constexpr, WINDOW: tl.constexpr):
-    """For every request k the requests around it that share at least what it shares with k - 1.
-
-    Returns [B] vectors: the interval [first, last), the first number in it that shares no more
-    than k, the most that two neighbours in it share, and the shortest prefix.
-    """
-    SOME: tl.constexpr = 16  # rows of the comparison at a time: all would not fit in registers
-    column = tl.arange(0, B)[None, :]
-    tl.store(SCRATCH + tl.arange(0, B), common)
-    tl.debug_barrier()
-    for start in range(0, B, SOME):
-        k = start + tl.arange(0, SOME)
-        mine, row = tl.load(SCRATCH + k)[:, None], k[:, None]
-        smaller = common[None, :] < mine
-        first = tl.max(tl.where(smaller & (column < row), column, 0), 1)
-        last = tl.min(tl.where(smaller & (column > row), column, requests), 1)
-        within = (column > first[:, None]) & (column < last[:, None])
-        same = within & (common[None, :] == mine)
-        tl.store(SCRATCH + B + k, first)
-        tl.store(SCRATCH + 2 * B + k, last)
-        tl.store(SCRATCH + 3 * B + k, tl.min(tl.where(same, column, row), 1))
-        tl.store(SCRATCH + 4 * B + k, tl.max(tl.where(within, common[None, :], -1), 1))
-        if WINDOW > 0:
-            inside = (column >= first[:, None]) & (column < last[:, None])
-            shortest = tl.min(tl.where(inside, prefix[None, :], UNLIMITED), 1)
-            tl.store(SCRATCH + 5 * B + k, shortest)
-    tl.debug_barrier()
-    at = SCRATCH + tl.arange(0, B)
-    shortest = tl.load(at + 5 * B) if WINDOW > 0 else common
-    return (
-        tl.load(at + B), tl.load(at + 2 * B), tl.load(at + 3 * B), tl.load(at + 4 * B), shortest,
-    )  # fmt: skip
-
-
-@triton.jit
-def _prefix_tree(
-    common, row0, rows, loose, prefix, tiles, requests, columns_limit, SCRATCH,
-    B: tl.constexpr, G: tl.constexpr, HKV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, MODE: tl.constexpr,
-):  # fmt: skip
-    """The nodes that several requests share, each under the number of a request that opens it.
-
-    Returns [B] vectors: of the node the requests [first, last), the tiles above it, its own tiles
-    (0 if the number opens none), the number of the node above it (-1 for none) and the shortest
-    prefix in it; of the leaf the tiles above it and the number of the node above it; and whether
-    the node takes the loose keys of its requests, which then all part right below it.
-    """
-    k = tl.arange(0, B)
-    real = k < requests
-    blocks = (rows * G + BLOCK_M - 1) // BLOCK_M
-    if MODE == AUTO:
-        # Rows that fill a block of their own gain nothing from a block with others.
-        both = ((rows + _pick(rows, k - 1, B)) * G + BLOCK_M - 1) // BLOCK_M
-        common = tl.where(both < blocks + _pick(blocks, k - 1, B), common, 0)
-    common = tl.where((k > 0) & real, common, -1)
-    first, last, lead, deepest, shortest = _intervals(common, prefix, requests, SCRATCH, B, WINDOW)
-    end = tl.where(last < requests, _pick(row0, last, B), tl.sum(rows, 0))
-    together = ((end - _pick(row0, first, B)) * G + BLOCK_M - 1) // BLOCK_M
-    inner = (lead == k) & (common > 0)
-    if tl.sum(tl.where(inner, together, 0), 0) * HKV > columns_limit:  # no room for the partials
-        common = tl.minimum(common, 0)
-        inner = common > 0
-    at_first = _pick(common, first, B)
-    at_last = tl.where(last < requests, _pick(common, last, B), -1)
-    depth = tl.maximum(tl.maximum(at_first, at_last), 0)
-    node_tiles = tl.where(inner, common - depth, 0)
-    above = tl.where(at_first >= at_last, _pick(lead, first, B), last)
-    above = tl.where(inner & (depth > 0), above, -1)
-    after = tl.where(k + 1 < requests, _pick(common, k + 1, B), -1)
-    leaf_depth = tl.maximum(tl.maximum(common, after), 0)
-    leaf_above = tl.where(common >= after, lead, k + 1)
-    leaf_above = tl.where(leaf_depth > 0, leaf_above, -1)
-    absorbs = tl.zeros([B], tl.int32)
-    if (MODE == FLATTEN) | (MODE == AUTO):
-        # A node whose requests part right below it may take their loose keys into its own item,
-        # where all of them share tiles under a mask.
-        if MODE == AUTO:
-            keys = _over(loose, first, last, B)
-            apart = _over((loose + BLOCK_N - 1) // BLOCK_N * blocks, first, last, B)
-            pays = (keys + BLOCK_N - 1) // BLOCK_N * together < apart
-        else:
-            pays = _over(tl.where(real, tiles - leaf_depth, 0), first, last, B) == 0
-        absorbs = (inner & (deepest == common) & pays).to(tl.int32)
-    return first, last, depth, node_tiles, above, shortest, leaf_depth, leaf_above, absorbs
-
-
-@triton.jit
-def _over(values, first, last, B: tl.constexpr):
-    """The sum of `values` over each interval of requests."""
-    sums = tl.cumsum(values, 0)
-    return _pick(sums, last - 1, B) - tl.where(first > 0, _pick(sums, first - 1, B), 0)
 
 
 @triton.jit(do_not_specialize=["requests", "programs", "chunk", "columns_limit"])
@@ -365,17 +209,17 @@ def _items(
     if TREE:
         common = tl.load(at + COMMON, mask=real, other=0)
         first, last, depth, node_tiles, above, shortest, leaf_depth, leaf_above, absorbs = (
-            _prefix_tree(
+            prefix_tree(
                 common, row0, rows, loose, prefix, tiles, requests, columns_limit, SCRATCH,
                 B, G, HKV, BLOCK_M, BLOCK_N, WINDOW, MODE,
             )
         )  # fmt: skip
-        absorbed = tl.where(leaf_above >= 0, _pick(absorbs, leaf_above, B), 0)
-        inner_row0 = _pick(row0, first, B)
-        inner_end = tl.where(last < requests, _pick(row0, last, B), tl.sum(rows, 0))
-        inner_key0 = _pick(key0, first, B)
-        inner_loose = tl.where(absorbs > 0, _over(loose, first, last, B), 0)
-        inner_owner = _pick(sequence, first, B)
+        absorbed = tl.where(leaf_above >= 0, pick(absorbs, leaf_above, B), 0)
+        inner_row0 = pick(row0, first, B)
+        inner_end = tl.where(last < requests, pick(row0, last, B), tl.sum(rows, 0))
+        inner_key0 = pick(key0, first, B)
+        inner_loose = tl.where(absorbs > 0, over(loose, first, last, B), 0)
+        inner_owner = pick(sequence, first, B)
         if WINDOW > 0:
             # Tiles that are out of every row's window; a root stands at the end of its prefix.
             start = tl.maximum(shortest - WINDOW + 1, 0) // BLOCK_N
@@ -403,7 +247,7 @@ def _items(
     leaf_loose = tl.where((absorbed > 0) | (rows == 0), 0, loose)
     leaves = tl.zeros([B], tl.int32)  # what the requests of a node keep for themselves
     if TREE:
-        leaves = _over(tl.where(real, leaf_tiles + leaf_loose, 0), first, last, B)
+        leaves = over(tl.where(real, leaf_tiles + leaf_loose, 0), first, last, B)
     leaf_steps = leaf_tiles + (leaf_loose + BLOCK_N - 1) // BLOCK_N * LOOSE_STEPS
     leaf_blocks = tl.where(leaf_steps > 0, (rows * G + BLOCK_M - 1) // BLOCK_M, 0)
 
@@ -532,7 +376,7 @@ def _tables(
     length = tl.load(at + PREFIX)
     tail = length % BLOCK_N
     count = tail + tl.load(at + KEYS)
-    place = index - (_pick(ends, owner, B) - count) - tail
+    place = index - (pick(ends, owner, B) - count) - tail
     position = tl.where(found, length + place, 0)
     page = tl.minimum(position // PAGE, table_width - 1)
     sequence = tl.load(at + SEQUENCE)
@@ -625,6 +469,11 @@ def build(
         chunk: tiles of a span, for `node_chunk` and `two_phase`.
     """
     requests, rows = len(row_starts) - 1, len(sequence)
+    if requests >= 1 << (31 - int(PLACE_BITS)) or max_places + 256 > int(PLACE_MASK):
+        raise ValueError(
+            "plan: expected fewer than 2048 requests and at most 2**20 - 257 places behind their "
+            f"prefixes, got {requests} and {max_places}"
+        )
     device = sequence.device
     width = 1 if ancestors is None else ancestors.shape[1]
     slots_per_request = max(16, triton.next_power_of_2(requests))

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from specdec.kernels.schedule import Tiling
+from specdec.kernels.worklist import Tiling
 
 INTERPRETED = Tiling(16, 16, 4, 1, 1, loose_n=16)
 RESERVED = 1024  # bytes of shared memory that the system keeps for each program

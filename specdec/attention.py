@@ -17,7 +17,7 @@ from specdec.kernels import reference, sdpa
 from specdec.pages import LayerPages
 
 if TYPE_CHECKING:
-    from specdec.kernels.schedule import Schedule, Tiling
+    from specdec.kernels.worklist import Schedule, Tiling
 
 Backend = Literal["auto", "reference", "sdpa", "triton"]
 Mode = Literal["sequence", "node", "node_chunk", "flatten", "two_phase", "auto"]

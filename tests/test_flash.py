@@ -22,7 +22,7 @@ from specdec.tree import TokenTree
 pytest.importorskip("triton")
 
 from specdec.kernels import flash, tiles
-from specdec.kernels.schedule import MODES, Mode, Tiling
+from specdec.kernels.worklist import MODES, Mode, Tiling
 
 # numpy, below the interpreter, remarks on rows that have seen no key yet.
 pytestmark = [

@@ -14,8 +14,8 @@ from specdec.bits import ancestor_bits, ancestor_words
 
 pytest.importorskip("triton")
 
-from specdec.kernels import partition, schedule
-from specdec.kernels.schedule import MODES, Mode, Schedule, Tiling
+from specdec.kernels import partition, schedule, worklist
+from specdec.kernels.worklist import MODES, Mode, Schedule, Tiling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE, BLOCK_M, BLOCK_N = 4, 4, 8
@@ -104,9 +104,9 @@ def test_items_and_workers_are_those_of_the_reference(
             wanted[item.first, starts[item.first], rows, item.tile0, item.tiles, loose] += 1
     found: Counter[tuple[int, ...]] = Counter()
     for row in built.items.tolist():
-        if row[schedule.STEPS.value]:
+        if row[worklist.STEPS.value]:
             fields = ("OWNER", "FIRST_ROW", "TOKENS", "TILE0", "TILES", "LOOSE")
-            values = tuple(row[getattr(schedule, field).value] for field in fields)
+            values = tuple(row[getattr(worklist, field).value] for field in fields)
             found[values if values[4] else (*values[:3], -1, *values[4:])] += 1
     wanted = Counter(
         {(k if k[4] else (*k[:3], -1, *k[4:])): n for k, n in wanted.items()}
@@ -114,8 +114,8 @@ def test_items_and_workers_are_those_of_the_reference(
     assert found == wanted
 
     lengths = sorted(b - a for a, b in partition.workers(expected, batch.requests, mode, shape))
-    count = int(built.header[schedule.WORKERS.value])
-    steps = built.workers[:count, [schedule.STEP.value, schedule.STOP.value]].tolist()
+    count = int(built.header[worklist.WORKERS.value])
+    steps = built.workers[:count, [worklist.STEP.value, worklist.STOP.value]].tolist()
     assert sorted(b - a for a, b in steps) == lengths
     assert [a for a, _ in steps[1:]] == [b for _, b in steps[:-1]], "no gap, no overlap"
 
@@ -147,7 +147,7 @@ def test_every_pair_of_query_and_key_is_covered_once(
 
 def pairs(built: Schedule, groups: int, kv_heads: int) -> Counter[tuple[int, int, int]]:
     """The (row, head, slot) that the kernel computes, read off the device's tables."""
-    field = {name: getattr(schedule, name).value for name in FIELDS}
+    field = {name: getattr(worklist, name).value for name in FIELDS}
     items, slots, tags = built.items.tolist(), built.key_slots.tolist(), built.key_tags.tolist()
     depths, owners = built.row_depths.tolist(), built.row_requests.tolist()
     bits = [
@@ -155,7 +155,7 @@ def pairs(built: Schedule, groups: int, kv_heads: int) -> Counter[tuple[int, int
         for row in built.words.tolist()
     ]
     weight, found = built.tiling.loose_steps, Counter[tuple[int, int, int]]()
-    for worker in built.workers[: int(built.header[schedule.WORKERS.value])].tolist():
+    for worker in built.workers[: int(built.header[worklist.WORKERS.value])].tolist():
         step, index = worker[field["STEP"]], worker[field["ITEM_INDEX"]]
         while step < worker[field["STOP"]]:
             get = {name: items[index][at] for name, at in field.items() if at < 16}
@@ -195,8 +195,8 @@ def test_hundreds_of_requests_share_a_prefix() -> None:
     requests = [partition.Request([1, 2, 3 + r], 9, 1, 1) for r in range(300)]
     batch = Batch(requests, [[-1]] * 300, groups=1, kv_heads=1)
     built = batch.build("auto")
-    used = built.items[built.items[:, schedule.STEPS.value] > 0].tolist()
-    assert [row[schedule.TOKENS.value] for row in used] == [300, *[1] * 300]
+    used = built.items[built.items[:, worklist.STEPS.value] > 0].tolist()
+    assert [row[worklist.TOKENS.value] for row in used] == [300, *[1] * 300]
     covered = pairs(built, 1, 1)
     assert set(covered.values()) == {1}
     assert len(covered) == 300 * 10

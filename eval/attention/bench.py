@@ -31,7 +31,7 @@ from specdec.eval.attention.cases import Case
 from specdec.eval.attention.data import Data
 from specdec.eval.attention.report import OURS, CaseResult, Ceilings, Counters, Result, Row
 from specdec.kernels import flash
-from specdec.kernels import schedule as work
+from specdec.kernels import worklist as work
 
 GATE = 1e-2
 """The largest relative L2 deviation from float64 of a request and head that is timed."""

@@ -26,7 +26,7 @@ from specdec.eval.attention import clock
 from specdec.eval.attention.cases import Case
 from specdec.eval.attention.data import MEMORY, Data
 from specdec.eval.attention.report import OURS
-from specdec.kernels.schedule import Schedule
+from specdec.kernels.worklist import Schedule
 
 MASK_ELEMENTS = 2**26
 GATHERED_BYTES = 4e9

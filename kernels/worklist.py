@@ -1,0 +1,108 @@
+"""The work list of the Triton tree attention: its words, its tables, and their columns.
+
+A *tile* is `block_n` keys of a sequence, counted from its first; a *step* is one tile against
+`block_m` packed rows (query tokens x heads of a group); a *column* is all steps of the same rows
+and key/value head; an *item* is all columns of one node of the prefix tree. Steps are numbered item
+by item, column by column; a *worker* takes an interval of them. Where a column is cut, or rows have
+several items, each piece leaves a partial result in slot `column + worker`, which is unique because
+from one piece to the next either the column or the worker advances.
+
+Letters: B requests, R rows, W words of ancestor bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import triton.language as tl
+from torch import Tensor
+
+Mode = Literal["sequence", "node", "node_chunk", "flatten", "two_phase", "auto"]
+MODES: tuple[Mode, ...] = ("sequence", "node", "node_chunk", "flatten", "two_phase", "auto")
+
+# Columns of the request table.
+ROW0, ROWS, SEQUENCE, PREFIX, KEYS, COMMON = (tl.constexpr(c) for c in range(6))
+REQUEST_FIELDS = tl.constexpr(8)
+
+# Columns of the item table.
+START = tl.constexpr(0)  # first step
+STEPS = tl.constexpr(1)  # of each column
+BLOCKS = tl.constexpr(2)  # of block_m packed rows
+FIRST_ROW = tl.constexpr(3)
+TOKENS = tl.constexpr(4)  # query tokens
+OWNER = tl.constexpr(5)  # the sequence whose page table is read
+TILE0 = tl.constexpr(6)  # first dense tile
+TILES = tl.constexpr(7)  # dense tiles: every row sees every key
+KEY0 = tl.constexpr(8)  # first entry of the key table
+LOOSE = tl.constexpr(9)  # entries of the key table, masked one by one
+PARENT = tl.constexpr(10)  # the item of the enclosing node, -1 for none
+ALONE = tl.constexpr(11)  # no other item has these rows
+COLUMN0 = tl.constexpr(12)  # first column
+WORKER0 = tl.constexpr(13)  # first worker, where each column is cut
+SPAN = tl.constexpr(14)  # steps of a worker, where each column is cut; 0 where all steps are
+ITEM_FIELDS = tl.constexpr(16)
+
+# Columns of the worker table: its first item, copied, so that one load finds all; then
+STEP = tl.constexpr(16)  # first step
+STOP = tl.constexpr(17)  # end of the interval
+ITEM_INDEX = tl.constexpr(18)
+WORKER_FIELDS = tl.constexpr(32)
+
+# Entries of the header.
+QUOTA = tl.constexpr(0)  # steps of a worker, where all steps are cut
+WORKERS = tl.constexpr(1)
+TOTAL = tl.constexpr(2)
+WHOLE_CUT = tl.constexpr(3)  # whether all steps are cut, rather than each column
+
+# Modes, as the kernels know them.
+SEQUENCE_MODE, NODE, NODE_CHUNK, FLATTEN, TWO_PHASE, AUTO = (tl.constexpr(c) for c in range(6))
+
+UNLIMITED = tl.constexpr(1 << 30)
+
+
+# A key's request and its place behind the prefix (negative within it), in one number.
+PLACE_BITS = tl.constexpr(20)
+PLACE_MASK = tl.constexpr((1 << 20) - 1)
+PLACE_ZERO = tl.constexpr(256)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The shape of the kernel: what is fixed when it is compiled or launched."""
+
+    block_m: int  # packed rows of a step
+    block_n: int  # keys of a step
+    warps: int
+    stages: int  # of the pipeline that loads keys and values
+    ctas: int  # programs for each multiprocessor
+    loose_n: int = 32  # loose keys of a turn
+    loose_stages: int = 1
+    loose_steps: int = 2  # a tile of loose keys is as much work as so many dense ones
+
+
+@dataclass(eq=False)
+class Schedule:
+    """The work list, as device tensors; see the columns above."""
+
+    mode: Mode
+    tiling: Tiling
+    window: int | None
+    causal: bool
+    programs: int
+    requests: int
+    header: Tensor  # [16] int32
+    items: Tensor  # [2B, 16] int32
+    workers: Tensor  # [workers, 32] int32
+    key_slots: Tensor  # [keys] int32, -1 for none
+    key_tags: Tensor  # [keys] int32, request and place in one number
+    rows: Tensor  # [R, 16] int32, the innermost item of each row, copied
+    row_requests: Tensor  # [R] int32
+    row_depths: Tensor  # [R] int32
+    row_positions: Tensor  # [R] int32, prefix + depth
+    words: Tensor  # [R, W] int32, ancestors within the window
+    page_table: Tensor  # [S, pages]
+    prefix_lens: Tensor  # [S]
+    page_size: int
+    slots: int  # room for partial results
+    used: bool = False  # by a launch of attention
