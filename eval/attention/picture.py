@@ -47,7 +47,8 @@ def draw(file: Path) -> None:
     starts = [sum(r.rows for r in requests[:n]) for n in range(len(requests) + 1)]
     figure = Figure(figsize=(10, 12), layout="constrained")
     panels: Any = figure.subplots(len(TITLES), 1, sharex=True)
-    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    palette: Any = colormaps["tab20"]  # one with a list of colours, which its type does not say
+    colours = palette.colors
     columns = _columns(requests)
     for axes, (mode, title) in zip(panels, TITLES.items(), strict=True):
         found = partition.items(requests, mode, SHAPE)
