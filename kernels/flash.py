@@ -435,8 +435,10 @@ def tree_attention(
     half = torch.float32 if query.dtype == torch.float32 else torch.float16
     part = query.new_empty(schedule.slots, tiling.block_m, dv, dtype=half)
     states = query.new_empty(schedule.slots, tiling.block_m, 2, dtype=torch.float32)
-    # Dependent launch: a kernel starts while the one before ends, and waits where it needs it. The
-    # work list must be complete by then, so its first user starts in the ordinary way.
+    # Dependent launch: a kernel starts while the one before ends, and waits where it needs it.
+    # What that rests on: the work list must be complete by then, so its first user starts in the
+    # ordinary way; attention stores nothing before it waits; every program of the merge has a row,
+    # so it waits, and with it everything that comes later, such as the next layer's partials.
     dependent = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0)
     early = dependent and schedule.used
     schedule.used = True
@@ -450,13 +452,14 @@ def tree_attention(
         query, keys, values, out, nothing if lse is None else lse, part, states,
         schedule.header, schedule.items, schedule.workers,
         schedule.page_table, schedule.key_slots, schedule.key_tags,
-        schedule.row_requests, schedule.row_depths, schedule.row_positions, schedule.words,
+        schedule.row_requests, schedule.row_depths, schedule.row_positions,
+        nothing if schedule.words is None else schedule.words,
         nothing if sinks is None else sinks, nothing if counter is None else counter,
         scale, softcap or 1.0, schedule.page_table.shape[1],
         query.stride(0), query.stride(1),
         keys.stride(1), keys.stride(2), values.stride(1), values.stride(2),
         DK=dk, DKP=max(16, triton.next_power_of_2(dk)), PAGE=schedule.page_size,
-        W=schedule.words.shape[-1] if schedule.words.ndim == 2 else 1,
+        W=1 if schedule.words is None else schedule.words.shape[1],
         CAUSAL=schedule.causal, WINDOW=schedule.window or 0, SOFTCAP=softcap is not None,
         BLOCK_N=tiling.block_n, LOOSE_N=tiling.loose_n,
         LOOSE_STAGES=tiling.loose_stages, LOOSE_STEPS=tiling.loose_steps, STAGES=tiling.stages,

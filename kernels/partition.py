@@ -16,7 +16,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Literal
 
+Mode = Literal["sequence", "node", "node_chunk", "flatten", "two_phase", "auto"]
+MODES: tuple[Mode, ...] = ("sequence", "node", "node_chunk", "flatten", "two_phase", "auto")
+
+CHUNK = 2  # steps of a chunk
 UNLIMITED = 1 << 30
 
 
@@ -41,7 +46,6 @@ class Shape:
     kv_heads: int
     programs: int
     loose_steps: int = 2  # a tile of loose keys counts as so many steps
-    chunk: int = 2
     window: int | None = None
 
     def blocks(self, rows: int) -> int:
@@ -179,7 +183,7 @@ def workers(
         bounds = [min(total, w * quota) for w in range(shape.programs + 1)]
         return list(pairwise(bounds))
     chunked = {"node": (), "node_chunk": (False, True), "two_phase": (False,)}[mode]
-    spans = [shape.chunk if item.leaf in chunked else UNLIMITED for item in found]
+    spans = [CHUNK if item.leaf in chunked else UNLIMITED for item in found]
     return list(_by_column(steps, spans))
 
 

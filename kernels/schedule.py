@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specdec.kernels.partition import CHUNK, MODES, Mode
 from specdec.kernels.prefix_tree import over, pick, prefix_tree
 from specdec.kernels.worklist import (
     ALONE,
@@ -29,7 +30,6 @@ from specdec.kernels.worklist import (
     KEY0,
     KEYS,
     LOOSE,
-    MODES,
     NODE,
     NODE_CHUNK,
     OWNER,
@@ -58,7 +58,6 @@ from specdec.kernels.worklist import (
     WORKER0,
     WORKER_FIELDS,
     WORKERS,
-    Mode,
     Schedule,
     Tiling,
 )
@@ -453,7 +452,6 @@ def build(
     mode: Mode,
     tiling: Tiling,
     programs: int,
-    chunk: int = 2,
 ) -> Schedule:
     """Cuts the work of one forward into items, columns and workers, without asking the device.
 
@@ -466,7 +464,6 @@ def build(
         groups: query heads of a key/value head.
         window: as in `tree_attention`.
         programs: of the launch; also the workers of an even cut.
-        chunk: tiles of a span, for `node_chunk` and `two_phase`.
     """
     requests, rows = len(row_starts) - 1, len(sequence)
     if requests >= 1 << (31 - int(PLACE_BITS)) or max_places + 256 > int(PLACE_MASK):
@@ -475,6 +472,8 @@ def build(
             f"prefixes, got {requests} and {max_places}"
         )
     device = sequence.device
+    sequence, nodes = sequence.contiguous(), nodes.contiguous()
+    ancestors = None if ancestors is None else ancestors.contiguous()
     width = 1 if ancestors is None else ancestors.shape[1]
     slots_per_request = max(16, triton.next_power_of_2(requests))
     blocks = triton.cdiv(rows * groups, tiling.block_m)
@@ -488,8 +487,9 @@ def build(
     max_keys = requests * (tiling.block_n - 1) + max_places
     workers = programs
     if not even:
-        steps = triton.cdiv(max_prefix + max_keys, tiling.block_n) + 1
-        workers = columns * (1 if mode == "node" else triton.cdiv(steps, chunk))
+        steps = triton.cdiv(max_prefix, tiling.block_n)
+        steps += triton.cdiv(max_keys, tiling.block_n) * tiling.loose_steps
+        workers = columns * (1 if mode == "node" else triton.cdiv(steps, CHUNK))
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
@@ -512,7 +512,7 @@ def build(
         BLOCK=128, PAGES=1024, **shape,
     )  # fmt: skip
     _items[(1,)](
-        table, header, items, scratch, requests, programs, chunk, limit,
+        table, header, items, scratch, requests, programs, CHUNK, limit,
         B=slots_per_request, G=groups, HKV=kv_heads, BLOCK_M=tiling.block_m,
         BLOCK_N=tiling.block_n, WINDOW=window or 0, TREE=shared, MODE=number,
         LOOSE_STEPS=tiling.loose_steps,
@@ -527,6 +527,6 @@ def build(
     )  # fmt: skip
     return Schedule(
         mode, tiling, window, ancestors is None, programs, requests, header, items, worker_table,
-        key_slots, key_tags, row_table, row_requests, row_depths, row_positions, words,
-        page_table, prefix_lens, page_size, columns + workers,
+        key_slots, key_tags, row_table, row_requests, row_depths, row_positions,
+        None if ancestors is None else words, page_table, prefix_lens, page_size, columns + workers,
     )  # fmt: skip

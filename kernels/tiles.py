@@ -69,7 +69,7 @@ def wanted(packed: int, largest: int, width: int, element: int) -> Tiling:
 
 
 def fit(tiling: Tiling, width: int, element: int, available: int) -> Tiling:
-    """The tiling with fewer programs, stages or keys, until it fits in `available` bytes.
+    """The tiling with fewer programs, stages, keys or rows, until it fits in `available` bytes.
 
     A program holds its queries and `stages` tiles of keys and of values.
     """
@@ -86,6 +86,13 @@ def fit(tiling: Tiling, width: int, element: int, available: int) -> Tiling:
         elif tiling.block_n > 16:
             half = tiling.block_n // 2
             tiling = replace(tiling, block_n=half, loose_n=min(half, tiling.loose_n))
-        else:
+        elif tiling.block_m > 16:
             tiling = replace(tiling, block_m=tiling.block_m // 2)
+        elif tiling.stages > 1:
+            tiling = replace(tiling, stages=1)
+        else:
+            raise ValueError(
+                f"backend: heads of {width} values of {element} bytes do not fit in the "
+                f"{available} bytes of this GPU's shared memory; use sdpa"
+            )
     return tiling

@@ -13,13 +13,11 @@ Letters: B requests, R rows, W words of ancestor bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import triton.language as tl
 from torch import Tensor
 
-Mode = Literal["sequence", "node", "node_chunk", "flatten", "two_phase", "auto"]
-MODES: tuple[Mode, ...] = ("sequence", "node", "node_chunk", "flatten", "two_phase", "auto")
+from specdec.kernels.partition import Mode
 
 # Columns of the request table.
 ROW0, ROWS, SEQUENCE, PREFIX, KEYS, COMMON = (tl.constexpr(c) for c in range(6))
@@ -55,7 +53,7 @@ WORKERS = tl.constexpr(1)
 TOTAL = tl.constexpr(2)
 WHOLE_CUT = tl.constexpr(3)  # whether all steps are cut, rather than each column
 
-# Modes, as the kernels know them.
+# Modes, as the kernels know them: their places in `partition.MODES`.
 SEQUENCE_MODE, NODE, NODE_CHUNK, FLATTEN, TWO_PHASE, AUTO = (tl.constexpr(c) for c in range(6))
 
 UNLIMITED = tl.constexpr(1 << 30)
@@ -100,9 +98,9 @@ class Schedule:
     row_requests: Tensor  # [R] int32
     row_depths: Tensor  # [R] int32
     row_positions: Tensor  # [R] int32, prefix + depth
-    words: Tensor  # [R, W] int32, ancestors within the window
+    words: Tensor | None  # [R, W] int32, ancestors within the window; None for chains
     page_table: Tensor  # [S, pages]
     prefix_lens: Tensor  # [S]
     page_size: int
     slots: int  # room for partial results
-    used: bool = False  # by a launch of attention
+    used: bool = False  # by a launch of attention, or one that was captured

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from specdec.kernels import reference, sdpa
+from specdec.kernels.partition import MODES, Mode
 from specdec.pages import LayerPages
 
 if TYPE_CHECKING:
     from specdec.kernels.worklist import Schedule, Tiling
 
 Backend = Literal["auto", "reference", "sdpa", "triton"]
-Mode = Literal["sequence", "node", "node_chunk", "flatten", "two_phase", "auto"]
+
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +156,8 @@ def tree_attention(
         sinks: [Hq], a logit of each head that takes part in the softmax and has no value.
         lse: [R, Hq] float32, filled with the natural logarithm of the sum of the exponentials of
             the scores a row sees, without the sink.
-        backend: `reference`, `sdpa`, `triton`, or `auto`: `triton` on a GPU, else `sdpa`.
+        backend: `reference`, `sdpa`, `triton`, or `auto`: `triton` for float32, float16 and
+            bfloat16 on a GPU, else `sdpa`. `triton` runs on the current device.
         mode: how `triton` cuts the work; see docs/tree-attention.md. The result is the same.
 
     Returns:
@@ -164,8 +167,8 @@ def tree_attention(
         ValueError: shapes do not fit, or the backend is unknown or cannot run here. A backend
             that is asked for by name either runs or raises.
     """
-    heads, kv_heads = query.shape[1], pages.keys.shape[2]
-    if query.ndim != 3 or heads % kv_heads or query.shape[2] != pages.keys.shape[3]:
+    kv_heads = pages.keys.shape[2]
+    if query.ndim != 3 or query.shape[1] % kv_heads or query.shape[2] != pages.keys.shape[3]:
         raise ValueError(
             f"query: expected [R, Hq, {pages.keys.shape[3]}] with Hq a multiple of {kv_heads}, "
             f"got {list(query.shape)}"
@@ -180,9 +183,11 @@ def tree_attention(
         raise ValueError(
             f"lse: expected {list(query.shape[:2])} float32, got {list(lse.shape)} {lse.dtype}"
         )
+    if sinks is not None and sinks.shape != query.shape[1:2]:
+        raise ValueError(f"sinks: expected [{query.shape[1]}], got {list(sinks.shape)}")
     scale = 1 / math.sqrt(query.shape[2]) if scale is None else scale
     if backend == "auto":
-        backend = "triton" if query.is_cuda else "sdpa"
+        backend = "triton" if query.is_cuda and query.dtype in TRITON_DTYPES else "sdpa"
     match backend:
         case "triton":
             return _triton(query, pages, plan, scale, window, softcap, sinks, lse, mode)
@@ -221,12 +226,22 @@ def _triton(
     lse: Tensor | None,
     mode: Mode,
 ) -> Tensor:
+    import triton
+
     from specdec.kernels import flash, tiles  # need Triton
 
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode: expected {', '.join(get_args(Mode))}, got {mode!r}")
+    if not query.is_cuda and not triton.knobs.runtime.interpret:
+        raise ValueError(f"backend: triton needs a GPU, got tensors on {query.device}; use sdpa")
+    if query.dtype not in TRITON_DTYPES:
+        raise ValueError(f"backend: triton computes in {TRITON_DTYPES}, got {query.dtype}")
+    if lse is not None and not lse.is_contiguous():
+        raise ValueError(f"lse: expected a contiguous tensor, got strides {lse.stride()}")
+    if mode not in MODES:
+        raise ValueError(f"mode: expected {', '.join(MODES)}, got {mode!r}")
     heads, kv_heads = query.shape[1], pages.keys.shape[2]
     tiling, programs = tiles.choose(query, pages.keys, pages.values, plan.max_rows, plan.shared)
+    query = query if query.stride(2) == 1 else query.contiguous()
+    sinks = None if sinks is None else sinks.contiguous()
     schedule = plan.schedule(heads, kv_heads, window, mode, tiling, programs)
     return flash.tree_attention(
         query, pages.keys, pages.values, schedule, scale, softcap, sinks, lse

@@ -244,8 +244,8 @@ class Speculation:
 
         Args:
             counts: how many of the R rows each of `sequences` has; first those of the first
-                sequence. Rows behind them only fill up a batch: with no ancestor but themselves
-                they see, and write, nothing but the trash page.
+                sequence. Rows behind them only fill up a batch: with nodes from 0 on and no
+                ancestor but themselves they see, and write, nothing but the trash page.
             nodes: [R] int64, the leased row of each query, which is also its key's place.
             depths: [R] int64, distance from the committed end.
             ancestors: [R, W] int32 bit words over the leased rows, the own bit included; None for

@@ -18,11 +18,12 @@ from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
-from specdec.attention import Mode, tree_attention
+from specdec.attention import tree_attention
 from specdec.cli import app
 from specdec.eval.attention import report
 from specdec.eval.attention.cases import Case, all_cases, private, select, shared
 from specdec.eval.attention.data import Data, lay_out
+from specdec.kernels.partition import Mode
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {"heads": 4, "kv_heads": 2, "dim": 16, "page_size": 16}

@@ -21,8 +21,9 @@ from specdec.tree import TokenTree
 
 pytest.importorskip("triton")
 
-from specdec.kernels import flash, tiles
-from specdec.kernels.worklist import MODES, Mode, Tiling
+from specdec.kernels import flash, tiles, worklist
+from specdec.kernels.partition import MODES, Mode
+from specdec.kernels.worklist import Tiling
 
 # numpy, below the interpreter, remarks on rows that have seen no key yet.
 pytestmark = [
@@ -297,8 +298,30 @@ def test_random_trees_and_batches(
     scene.check(scene.run(mode))
 
 
-def test_wrong_modes_and_missing_devices_are_named() -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_a_long_chain_without_a_prefix(mode: Mode) -> None:
+    """All of its keys are loose: the most pieces that a bound by tiles could miss."""
+    scene = Scene([0], [TokenTree.chain(0, [1] * 79)], chains=True, heads=2, kv_heads=1)
+    scene.check(scene.run(mode))
+    (built,) = scene.plan._schedules.values()
+    assert int(built.header[worklist.WORKERS.value]) <= len(built.workers)
+
+
+def test_strided_inputs() -> None:
     scene = private()
+    expected = scene.run()
+    wide = torch.empty(*scene.query.shape[:2], 2 * scene.query.shape[2], device=DEVICE)
+    wide[:, :, ::2] = scene.query
+    scene.query = wide[:, :, ::2]
+    assert torch.equal(scene.run(), expected)
+
+
+def test_wrong_arguments_are_named() -> None:
+    scene = private()
+    with pytest.raises(ValueError, match=r"sinks: expected \[6\], got \[1\]"):
+        scene.run(sinks=torch.zeros(1, device=DEVICE))
+    with pytest.raises(ValueError, match="lse: expected a contiguous tensor"):
+        scene.run(lse=torch.empty(6, len(scene.query), device=DEVICE).T)
     with pytest.raises(ValueError, match=r"mode: expected sequence, node, .*got 'best'"):
         scene.run("best")  # type: ignore[arg-type]
 
@@ -380,7 +403,7 @@ def test_auto_is_triton_on_a_device() -> None:
 @pytest.mark.parametrize("available", [228, 164, 100])  # KiB: H100, A100, RTX 4090
 @pytest.mark.parametrize("element", [2, 4])
 def test_tilings_fit_in_shared_memory(available: int, element: int) -> None:
-    for width in (64, 128, 256):
+    for width in (64, 128, 256, 512):
         for packed in (4, 64, 256):
             tiling = tiles.fit(
                 tiles.wanted(packed, packed, width, element), width, element, available << 10
@@ -388,4 +411,10 @@ def test_tilings_fit_in_shared_memory(available: int, element: int) -> None:
             held = (tiling.block_m + 2 * tiling.stages * tiling.block_n) * width * element
             assert tiling.ctas * held < available << 10
             assert tiling.block_n >= 16
+            assert tiling.block_m >= 16
             assert tiling.block_n % tiling.loose_n == 0
+
+
+def test_heads_that_cannot_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="heads of 4096 values of 4 bytes do not fit"):
+        tiles.fit(tiles.wanted(4, 4, 4096, 4), 4096, 4, 100 << 10)

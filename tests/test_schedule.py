@@ -15,7 +15,8 @@ from specdec.bits import ancestor_bits, ancestor_words
 pytest.importorskip("triton")
 
 from specdec.kernels import partition, schedule, worklist
-from specdec.kernels.worklist import MODES, Mode, Schedule, Tiling
+from specdec.kernels.partition import MODES, Mode
+from specdec.kernels.worklist import Schedule, Tiling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE, BLOCK_M, BLOCK_N = 4, 4, 8
@@ -150,6 +151,7 @@ def pairs(built: Schedule, groups: int, kv_heads: int) -> Counter[tuple[int, int
     field = {name: getattr(worklist, name).value for name in FIELDS}
     items, slots, tags = built.items.tolist(), built.key_slots.tolist(), built.key_tags.tolist()
     depths, owners = built.row_depths.tolist(), built.row_requests.tolist()
+    assert built.words is not None
     bits = [
         sum((word & 0xFFFFFFFF) << 32 * n for n, word in enumerate(row))
         for row in built.words.tolist()

@@ -25,13 +25,14 @@ import triton
 from torch import Tensor
 
 import specdec
-from specdec.attention import Mode, tree_attention
+from specdec.attention import tree_attention
 from specdec.eval.attention import ceilings, clock, peers
 from specdec.eval.attention.cases import Case
 from specdec.eval.attention.data import Data
 from specdec.eval.attention.report import OURS, CaseResult, Ceilings, Counters, Result, Row
 from specdec.kernels import flash
 from specdec.kernels import worklist as work
+from specdec.kernels.partition import Mode
 
 GATE = 1e-2
 """The largest relative L2 deviation from float64 of a request and head that is timed."""

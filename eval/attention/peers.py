@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specdec.attention import Mode, tree_attention
+from specdec.attention import tree_attention
 from specdec.eval.attention import clock
 from specdec.eval.attention.cases import Case
 from specdec.eval.attention.data import MEMORY, Data
 from specdec.eval.attention.report import OURS
+from specdec.kernels.partition import Mode
 from specdec.kernels.worklist import Schedule
 
 MASK_ELEMENTS = 2**26
