@@ -425,13 +425,12 @@ def tree_attention(
     sinks: Tensor | None,  # [Hq]
     lse: Tensor | None = None,  # [R, Hq] float32, filled
     counter: Tensor | None = None,  # [1] int64, grows by the keys that all programs load
-    out: Tensor | None = None,
 ) -> Tensor:  # [R, Hq, Dv]
     """See `reference.tree_attention`, the definition."""
     rows, heads, dk = query.shape
     kv_heads, dv = values.shape[2:]
     tiling = schedule.tiling
-    out = query.new_empty(rows, heads, dv) if out is None else out
+    out = query.new_empty(rows, heads, dv)
     half = torch.float32 if query.dtype == torch.float32 else torch.float16
     part = query.new_empty(schedule.slots, tiling.block_m, dv, dtype=half)
     states = query.new_empty(schedule.slots, tiling.block_m, 2, dtype=torch.float32)

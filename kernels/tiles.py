@@ -1,7 +1,7 @@
 """Which tile sizes the Triton tree attention runs with. Nothing is tuned at run time.
 
-The table was measured on an H200 (docs/tree-attention.md); what it asks of shared memory is then
-cut down to what the GPU at hand has.
+Half precision and head dims up to 128 were measured on an H200 (docs/tree-attention.md), the rest
+was not. What the table asks of shared memory is cut down to what the GPU at hand has.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def wanted(packed: int, largest: int, width: int, element: int) -> Tiling:
     return Tiling(64, 64, 4, 3, 2)
 
 
+@functools.cache
 def fit(tiling: Tiling, width: int, element: int, available: int) -> Tiling:
     """The tiling with fewer programs, stages, keys or rows, until it fits in `available` bytes.
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from specdec.eval.attention import clock
 from specdec.eval.attention.cases import Case
 from specdec.eval.attention.data import MEMORY, Data
 from specdec.eval.attention.report import OURS
-from specdec.kernels.partition import Mode
+from specdec.kernels.partition import MODES, Mode
 from specdec.kernels.worklist import Schedule
 
 MASK_ELEMENTS = 2**26
@@ -320,12 +320,10 @@ def _wall_us(work: Callable[[], object], times: int = 5) -> float:
     return statistics.median(samples)
 
 
-MODES: tuple[Mode, ...] = tuple(sorted(get_args(Mode), key=lambda mode: mode != "auto"))
-
 PEERS = {
     peer.name: peer
     for peer in (
-        *(Peer(f"{OURS}{mode}", _always, partial(_prepare_ours, mode)) for mode in MODES),
+        *(Peer(f"{OURS}{mode}", _always, partial(_prepare_ours, mode)) for mode in reversed(MODES)),
         Peer("sdpa", _sdpa_applies, _prepare_sdpa),
         Peer("sdpa_dense", _sdpa_applies, _prepare_sdpa_dense, paged=False),
         Peer("flex", _flex_applies, _prepare_flex),
