@@ -21,14 +21,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from specdec.kernels.worklist import (
     ALONE,
     BLOCKS,
-    COLUMN0,
+    FIRST_PAGE,
     FIRST_ROW,
     ITEM_FIELDS,
-    ITEM_INDEX,
     KEY0,
     LOOSE,
     OWNER,
@@ -36,7 +36,7 @@ from specdec.kernels.worklist import (
     PLACE_BITS,
     PLACE_MASK,
     PLACE_ZERO,
-    QUOTA,
+    SLOT0,
     SPAN,
     START,
     STEP,
@@ -45,7 +45,6 @@ from specdec.kernels.worklist import (
     TILE0,
     TILES,
     TOKENS,
-    WORKER0,
     WORKER_FIELDS,
     WORKERS,
     Schedule,
@@ -70,29 +69,28 @@ def _scores(qk, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _page(table, t, stop, tile, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The page of tile `t`, or of each of its keys where pages are smaller than tiles."""
-    if PAGE >= BLOCK_N:
-        page = tl.load(table + t * BLOCK_N // PAGE, mask=t < stop, other=0)
-    else:
-        key = t * BLOCK_N + tile
-        page = tl.load(table + key // PAGE, mask=key < stop * BLOCK_N, other=0)
-    return page
+def _pages(table, t, stop, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
+    """The pages in which tile `t` lies: one, or as many as it has parts."""
+    pages = ()
+    for part in tl.static_range(PARTS):
+        at = t * BLOCK_N // PAGE + part
+        pages = pages + (tl.load(table + at, mask=t < stop, other=0),)
+    return pages
 
 
 @triton.jit
 def _dense(
-    PAGES, page, t, tile, dims, token, D: tl.constexpr, DP: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGES, TILES, page, offset, head, tile, dims, token,
+    D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """Tile `t` of a sequence's keys or values: [N, DP], zeros behind dimension D."""
-    if PAGE >= BLOCK_N:
-        first = page * PAGE + t * BLOCK_N % PAGE
-        at = PAGES + first * token + (tile[:, None] * token + dims[None, :])
+    """Neighbouring keys or values of one page: [PART, DP], zeros behind dimension D."""
+    if BULK:
+        # Narrowed here: a conversion right behind the load of the page ends Triton's pipeline.
+        x = TILES.load([page.to(tl.int32) * PAGE + offset, head * D])
     else:
-        slots = page * PAGE + (t * BLOCK_N + tile) % PAGE
-        at = PAGES + slots[:, None] * token + dims[None, :]
-    return tl.load(at) if D == DP else tl.load(at, mask=dims[None, :] < D, other=0.0)
+        at = PAGES + (page * PAGE + offset) * token + (tile[:, None] * token + dims[None, :])
+        x = tl.load(at) if D == DP else tl.load(at, mask=dims[None, :] < D, other=0.0)
+    return x
 
 
 @triton.jit
@@ -103,24 +101,27 @@ def _loose(PAGES, slots, dims, token, D: tl.constexpr):
 
 
 @triton.jit
-def _accumulate(
-    acc, peak, total, scores, factor, v,
-    q_dtype: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """One step of online softmax.
+def _soften(peak, total, scores, factor, PARTS: tl.constexpr, MASKED: tl.constexpr):
+    """The weights of some keys by online softmax, and what is left of those before.
 
-    `scores` [M, N] are -inf where a row does not see a key; times `factor` they and `peak` are
-    in units of log 2. The product is left to the exponent, where it costs nothing.
+    `scores` are a tuple of [M, N], -inf where a row does not see a key; times `factor` they and
+    `peak` are in units of log 2. The product is left to the exponent, where it costs nothing.
     """
-    new = tl.maximum(peak, tl.max(scores, 1) * factor)
+    largest = scores[0]
+    for part in tl.static_range(1, PARTS):
+        largest = tl.maximum(largest, scores[part])
+    new = tl.maximum(peak, tl.max(largest, 1) * factor)
     base = new
     if MASKED:  # a row that has seen nothing yet must not compute inf - inf
         base = tl.where(new == NEVER, 0.0, new)
-    p = tl.exp2(scores * factor - base[:, None])
     fade = tl.exp2(peak - base)
-    total = total * fade + tl.sum(p, 1)
-    acc = tl.dot(p.to(q_dtype), v.to(q_dtype), acc * fade[:, None], input_precision=PRECISION)
-    return acc, new, total
+    weights = ()
+    for part in tl.static_range(PARTS):
+        weights = weights + (tl.exp2(scores[part] * factor - base[:, None]),)
+    added = weights[0]
+    for part in tl.static_range(1, PARTS):
+        added = added + weights[part]
+    return new, total * fade + tl.sum(added, 1), fade, weights
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -129,7 +130,6 @@ def _merge_kernel(
     LSE,
     PART,
     STATES,
-    HEADER,
     ITEMS,
     ROW_TABLE,
     SINKS,
@@ -153,7 +153,6 @@ def _merge_kernel(
     real = row < rows
     at = ROW_TABLE + row * ITEM_FIELDS
     inside = real
-    quota = tl.load(HEADER + QUOTA)
     dims = tl.arange(0, DVP)
     order = tl.arange(0, MERGE_PIECES)
     acc = tl.zeros([MERGE_ROWS, DVP], tl.float32)
@@ -164,18 +163,12 @@ def _merge_kernel(
         steps = tl.load(at + STEPS, mask=inside, other=0)
         packed = (row - tl.load(at + FIRST_ROW, mask=inside, other=0)) * G + head % G
         column = head // G * tl.load(at + BLOCKS, mask=inside, other=0) + packed // BLOCK_M
-        start = tl.load(at + START, mask=inside, other=0) + column * steps
         span = tl.load(at + SPAN, mask=inside, other=1)
-        count = (steps - 1) // tl.maximum(span, 1) + 1
-        first = tl.load(at + WORKER0, mask=inside, other=0) + column * count
-        all_cut = span == 0
-        first = tl.where(all_cut, start // quota, first)
-        count = tl.where(all_cut, (start + steps - 1) // quota - first + 1, count)
-        count = tl.where(inside & (steps > 0), count, 0)
+        count = (steps + span - 1) // span
+        slot = tl.load(at + SLOT0, mask=inside, other=0) + column * count
         alone = tl.load(at + ALONE, mask=inside, other=0)
         done = done | ((alone > 0) & (count == 1))  # written by the only piece
         count = tl.where(done, 0, count)
-        slot = tl.load(at + COLUMN0, mask=inside, other=0) + column + first
         if PDL:  # the work list is older than the launch before; its partial results are not
             tl.extra.cuda.gdc_wait()
         for k in range(0, tl.max(count, 0), MERGE_PIECES):
@@ -215,12 +208,13 @@ def _attend_kernel(
     Q,
     K,
     V,
+    K_TILES,
+    V_TILES,
     OUT,
     LSE,
     PART,
     STATES,
     HEADER,
-    ITEMS,
     WORKER_TABLE,
     TABLE,
     KEY_SLOTS,
@@ -262,40 +256,48 @@ def _attend_kernel(
     PDL: tl.constexpr,
     COUNT: tl.constexpr,
     SAME_TOKEN: tl.constexpr,
+    BULK: tl.constexpr,
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    program = tl.program_id(0)
     programs = tl.num_programs(0)
     workers = tl.load(HEADER + WORKERS)
     q_dtype: tl.constexpr = Q.dtype.element_ty
     PRECISION: tl.constexpr = "ieee" if q_dtype == tl.float32 else "tf32"
+    PART_N: tl.constexpr = min(PAGE, BLOCK_N)
+    PARTS: tl.constexpr = BLOCK_N // PART_N
     k_dims, v_dims = tl.arange(0, DKP), tl.arange(0, DVP)
-    block_rows, tile = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    block_rows, tile = tl.arange(0, BLOCK_M), tl.arange(0, PART_N)
     loose_tile = tl.arange(0, LOOSE_N)
 
-    for worker in range(program, workers, programs):
+    # The table has a record for every program, so that none waits for the number of workers.
+    worker = tl.program_id(0)
+    while worker >= 0:
         at = WORKER_TABLE + worker * WORKER_FIELDS
         step = tl.load(at + STEP)
         stop = tl.load(at + STOP)
-        item = tl.load(at + ITEM_INDEX)
+        start = tl.load(at + START)
+        steps = tl.load(at + STEPS)
+        blocks = tl.load(at + BLOCKS)
+        row0 = tl.load(at + FIRST_ROW)
+        tokens = tl.load(at + TOKENS)
+        owner = tl.load(at + OWNER)
+        tile0 = tl.load(at + TILE0)
+        tiles = tl.load(at + TILES)
+        key0 = tl.load(at + KEY0)
+        loose = tl.load(at + LOOSE)
+        alone = tl.load(at + ALONE)
+        slot0 = tl.load(at + SLOT0)
+        span = tl.load(at + SPAN)
+        entry = step
+        pages_at_entry = ()
+        for part in tl.static_range(PARTS):
+            pages_at_entry = pages_at_entry + (tl.load(at + FIRST_PAGE + part).to(tl.int64),)
         while step < stop:
-            start = tl.load(at + START)
-            steps = tl.load(at + STEPS)
-            blocks = tl.load(at + BLOCKS)
-            row0 = tl.load(at + FIRST_ROW)
-            tokens = tl.load(at + TOKENS)
-            owner = tl.load(at + OWNER)
-            tile0 = tl.load(at + TILE0)
-            tiles = tl.load(at + TILES)
-            key0 = tl.load(at + KEY0)
-            loose = tl.load(at + LOOSE)
-            alone = tl.load(at + ALONE)
-            column0 = tl.load(at + COLUMN0)
-            column = (step - start) // tl.maximum(steps, 1)
+            column = (step - start) // steps
             begin = step - start - column * steps
             end = tl.minimum(steps, begin + stop - step)
-            head = column // tl.maximum(blocks, 1)
+            head = column // blocks
             block = column - head * blocks
 
             packed = block * BLOCK_M + block_rows
@@ -323,20 +325,40 @@ def _attend_kernel(
             table = TABLE + owner.to(tl.int64) * table_width
             first = tile0 + tl.minimum(begin, tiles)
             last = tile0 + tl.minimum(end, tiles)
-            page = _page(table, first, last, tile, PAGE, BLOCK_N)
+            pages = pages_at_entry
+            if step > entry:
+                pages = _pages(table, first, last, PAGE, BLOCK_N, PARTS)
             for t in tl.range(first, last, num_stages=STAGES):
-                now = page
-                page = _page(table, t + 1, last, tile, PAGE, BLOCK_N)
-                k = _dense(keys, now, t, tile, k_dims, k_token, DK, DKP, PAGE, BLOCK_N)
-                qk = tl.dot(q, tl.trans(k).to(q_dtype), input_precision=PRECISION)
-                scores, factor = _scores(qk, scale, softcap, SOFTCAP)
-                if WINDOW > 0:
-                    far = position[:, None] - (t * BLOCK_N + tile)[None, :] >= WINDOW
-                    scores = tl.where(far, NEVER, scores)
-                v = _dense(values, now, t, tile, v_dims, v_token, DV, DVP, PAGE, BLOCK_N)
-                acc, peak, total = _accumulate(
-                    acc, peak, total, scores, factor, v, q_dtype, PRECISION, WINDOW > 0
+                now = pages
+                pages = _pages(table, t + 1, last, PAGE, BLOCK_N, PARTS)
+                within = t * BLOCK_N % PAGE
+                scores = ()
+                for part in tl.static_range(PARTS):
+                    k = _dense(
+                        keys, K_TILES, now[part], within, head, tile, k_dims, k_token,
+                        DK, DKP, PAGE, BULK,
+                    )  # fmt: skip
+                    qk = tl.dot(q, tl.trans(k).to(q_dtype), input_precision=PRECISION)
+                    score, factor = _scores(qk, scale, softcap, SOFTCAP)
+                    if WINDOW > 0:
+                        key = t * BLOCK_N + part * PART_N + tile
+                        far = position[:, None] - key[None, :] >= WINDOW
+                        score = tl.where(far, NEVER, score)
+                    scores = scores + (score,)
+                v = _dense(
+                    values, V_TILES, now[0], within, head, tile, v_dims, v_token,
+                    DV, DVP, PAGE, BULK,
+                )  # fmt: skip
+                peak, total, fade, p = _soften(peak, total, scores, factor, PARTS, WINDOW > 0)
+                acc = tl.dot(
+                    p[0].to(q_dtype), v.to(q_dtype), acc * fade[:, None], input_precision=PRECISION
                 )
+                for part in tl.static_range(1, PARTS):
+                    v = _dense(
+                        values, V_TILES, now[part], within, head, tile, v_dims, v_token,
+                        DV, DVP, PAGE, BULK,
+                    )  # fmt: skip
+                    acc = tl.dot(p[part].to(q_dtype), v.to(q_dtype), acc, input_precision=PRECISION)
             if COUNT:
                 tl.atomic_add(COUNTER, (tl.maximum(last - first, 0) * BLOCK_N).to(tl.int64))
 
@@ -374,8 +396,9 @@ def _attend_kernel(
                     else:
                         sees = sees & ((place[None, :] < 0) | ancestor)
                 scores = tl.where(sees, scores, NEVER)
-                acc, peak, total = _accumulate(
-                    acc, peak, total, scores, factor, v, q_dtype, PRECISION, True
+                peak, total, fade, p = _soften(peak, total, (scores,), factor, 1, True)
+                acc = tl.dot(
+                    p[0].to(q_dtype), v.to(q_dtype), acc * fade[:, None], input_precision=PRECISION
                 )
                 if COUNT:
                     tl.atomic_add(COUNTER, tl.sum((slots >= 0).to(tl.int64), 0))
@@ -398,21 +421,18 @@ def _attend_kernel(
             else:
                 # Scaled by its largest value, a row cannot overflow in half the bytes.
                 largest = tl.max(tl.abs(acc), 1)
-                part = acc * (1 / tl.where(largest == 0, 1.0, largest))[:, None]
+                scaled = acc * (1 / tl.where(largest == 0, 1.0, largest))[:, None]
                 size = largest / tl.where(total == 0, 1.0, total)
-                place = (column0 + column + worker) * BLOCK_M + block_rows
+                slot = slot0 + column * ((steps + span - 1) // span) + begin // span
+                place = slot * BLOCK_M + block_rows
                 tl.store(STATES + place * 2, lse, mask=real)
                 tl.store(STATES + place * 2 + 1, size, mask=real)
                 at_part = PART + place[:, None].to(tl.int64) * DV + v_dims[None, :]
                 mask_part = real[:, None] & (v_dims[None, :] < DV)
-                tl.store(at_part, part.to(PART.dtype.element_ty), mask=mask_part)
+                tl.store(at_part, scaled.to(PART.dtype.element_ty), mask=mask_part)
             step += end - begin
-            if step == start + steps * blocks * (HQ // G):
-                item += 1
-                # Items without work are not in anyone's interval.
-                while tl.load(ITEMS + item * ITEM_FIELDS + STEPS, mask=step < stop, other=1) == 0:
-                    item += 1
-                at = ITEMS + item * ITEM_FIELDS
+        worker += programs
+        worker = tl.where(worker < workers, worker, -1)
 
 
 def tree_attention(
@@ -448,8 +468,10 @@ def tree_attention(
     }  # fmt: skip
     nothing = states
     _attend_kernel[(schedule.programs,)](
-        query, keys, values, out, nothing if lse is None else lse, part, states,
-        schedule.header, schedule.items, schedule.workers,
+        query, keys, values,
+        *(_tiles(p, schedule) if tiling.bulk else p for p in (keys, values)),
+        out, nothing if lse is None else lse, part, states,
+        schedule.header, schedule.workers,
         schedule.page_table, schedule.key_slots, schedule.key_tags,
         schedule.row_requests, schedule.row_depths, schedule.row_positions,
         nothing if schedule.words is None else schedule.words,
@@ -462,21 +484,37 @@ def tree_attention(
         CAUSAL=schedule.causal, WINDOW=schedule.window or 0, SOFTCAP=softcap is not None,
         BLOCK_N=tiling.block_n, LOOSE_N=tiling.loose_n,
         LOOSE_STAGES=tiling.loose_stages, LOOSE_STEPS=tiling.loose_steps, STAGES=tiling.stages,
-        COUNT=counter is not None, SAME_TOKEN=keys.stride(1) == values.stride(1), **same,
+        COUNT=counter is not None, SAME_TOKEN=keys.stride(1) == values.stride(1),
+        BULK=tiling.bulk, **same,
         num_warps=tiling.warps, enable_fp_fusion=True, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
-    # About as many pieces at a time as a column has; one warp holds all of a row's.
     columns = max(triton.cdiv(rows * heads, tiling.block_m), schedule.requests * kv_heads)
-    pieces = min(32, max(8, triton.next_power_of_2(schedule.programs // columns)))
-    merge_rows = 4 if rows * heads >= 8192 else 1
+    merge_rows, pieces, warps = _merge_shape(rows * heads, schedule.programs // columns)
     if not query.is_cuda:
         merge_rows = 64  # the interpreter pays for programs, not for rows
     _merge_kernel[(triton.cdiv(rows * heads, merge_rows),)](
-        out, nothing if lse is None else lse, part, states,
-        schedule.header, schedule.items, schedule.rows,
+        out, nothing if lse is None else lse, part, states, schedule.items, schedule.rows,
         nothing if sinks is None else sinks, rows, **same,
         MERGE_ROWS=merge_rows, MERGE_PIECES=pieces,
-        num_warps=min(4, merge_rows), enable_fp_fusion=True,
+        num_warps=warps, enable_fp_fusion=True,
         **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
     return out
+
+
+def _tiles(pages: Tensor, schedule: Schedule) -> TensorDescriptor:
+    """What the copy engine needs to know: pages as rows of all heads, read in tiles of one head."""
+    count, size, heads, dim = pages.shape
+    shape, strides = [count * size, heads * dim], [pages.stride(1), 1]
+    return TensorDescriptor(pages, shape, strides, [min(schedule.tiling.block_n, size), dim])
+
+
+def _merge_shape(results: int, pieces: int) -> tuple[int, int, int]:
+    """How many results a program of the merge takes, pieces at a time, and its warps.
+
+    Args:
+        results: rows times heads.
+        pieces: of a column, about.
+    """
+    rows = 4 if results >= 8192 else 1
+    return rows, min(32, max(8, triton.next_power_of_2(pieces))), rows

@@ -8,12 +8,13 @@ below it sees all of it; what is left of a prefix and the tree behind it are *lo
 one by one. An *item* is one node of the prefix tree: the tiles that exactly some neighbouring
 requests share, for all of their rows. Rows are query tokens times `groups`, cut into blocks of
 `block_m`. A *column* is one block of rows against all keys of its item, for one key/value head; its
-*steps* are numbered on from those of the column before, and a *worker* takes an interval of them.
+*steps* are numbered on from those of the column before, and a *worker* takes an interval of them:
+some columns of one item, or a part of a column.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -21,8 +22,9 @@ from typing import Literal
 Mode = Literal["sequence", "node", "node_chunk", "flatten", "two_phase", "auto"]
 MODES: tuple[Mode, ...] = ("sequence", "node", "node_chunk", "flatten", "two_phase", "auto")
 
+EVEN_MODES: tuple[Mode, ...] = ("sequence", "flatten", "auto")  # see `workers`
+
 CHUNK = 2  # steps of a chunk
-UNLIMITED = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Shape:
     kv_heads: int
     programs: int
     loose_steps: int = 2  # a tile of loose keys counts as so many steps
+    start_steps: int = 3  # so does beginning a column
     window: int | None = None
 
     def blocks(self, rows: int) -> int:
@@ -167,30 +170,63 @@ def _in_window(item: Item, requests: Sequence[Request], shape: Shape) -> Item:
 def workers(
     found: Sequence[Item], requests: Sequence[Request], mode: str, shape: Shape
 ) -> list[tuple[int, int]]:
-    """The interval of steps of each worker.
+    """The interval of steps of each worker: some whole columns of one item, or a part of a column.
 
     `node` gives each column to one worker; `node_chunk` cuts columns into chunks; `two_phase` cuts
-    those of shared nodes only. The others cut evenly for the programs of one launch: each column
-    by itself if the intervals get little longer by that, else all steps without regard to columns.
+    those of shared nodes only. The others cut evenly, see `even_spans`.
     """
-    steps = [(item.steps(requests, shape), item.columns(requests, shape)) for item in found]
-    total = sum(s * c for s, c in steps)
-    if mode in ("sequence", "flatten", "auto"):
-        quota = max(1, -(-total // shape.programs))
-        for span in range(quota, quota + 4 + quota // 16):
-            if sum(-(-s // span) * c for s, c in steps) <= shape.programs:
-                return list(_by_column(steps, [span] * len(steps)))
-        bounds = [min(total, w * quota) for w in range(shape.programs + 1)]
-        return list(pairwise(bounds))
-    chunked = {"node": (), "node_chunk": (False, True), "two_phase": (False,)}[mode]
-    spans = [CHUNK if item.leaf in chunked else UNLIMITED for item in found]
-    return list(_by_column(steps, spans))
+    work = [(item.steps(requests, shape), item.columns(requests, shape)) for item in found]
+    if mode in EVEN_MODES:
+        spans = even_spans(work, shape)
+    else:
+        chunked = {"node": (), "node_chunk": (False, True), "two_phase": (False,)}[mode]
+        spans = [
+            min(steps, CHUNK) if item.leaf in chunked else steps
+            for item, (steps, _) in zip(found, work, strict=True)
+        ]
+    bounds, start = [], 0
+    for (steps, columns), span in zip(work, spans, strict=True):
+        whole = steps * columns if span >= steps else steps  # a cut begins anew in every column
+        for first in range(start, start + steps * columns, max(whole, 1)):
+            for step in range(first, first + whole, span):
+                bounds.append((step, min(step + span, first + whole)))
+        start += steps * columns
+    return bounds
 
 
-def _by_column(steps: Sequence[tuple[int, int]], spans: Sequence[int]) -> Iterator[tuple[int, int]]:
-    start = 0
-    for (count, columns), span in zip(steps, spans, strict=True):
-        for _ in range(columns):
-            for begin in range(0, count, span):
-                yield start + begin, start + min(begin + span, count)
-            start += count
+def even_spans(work: Sequence[tuple[int, int]], shape: Shape) -> list[int]:
+    """For each item how many steps a worker takes, so that the last program ends early.
+
+    `work` are steps and columns. A worker costs its steps, and `start_steps` for each column that
+    it begins. Every program gets one worker, whose cost is the least that leaves none over; or,
+    where that costs about the same, several workers of one long column each, one after the other:
+    then neighbours read the same keys at the same time, and columns are not cut.
+    """
+    programs, start = shape.programs, shape.start_steps
+    rounds = max(1, -(-sum(steps * columns > 0 for steps, columns in work) // programs))
+
+    def needed(cost: int) -> int:
+        return sum(_workers(s, c, _span(s, c, cost, start)) for s, c in work)
+
+    cost = max(1, -(-sum(s * c for s, c in work) // (rounds * programs)))
+    while needed(cost) > rounds * programs:
+        cost += 1
+    longest = max(s for s, _ in work) + start
+    if 16 * -(-needed(longest) // programs) * longest <= 17 * rounds * cost:
+        cost = longest
+    return [_span(s, c, cost, start) for s, c in work]
+
+
+def _span(steps: int, columns: int, cost: int, start: int) -> int:
+    """Steps of a worker of at most that cost: some whole columns, or an even part of one."""
+    if steps + start <= cost:
+        workers = -(-columns // (cost // (steps + start)))
+        return -(-columns // max(1, workers)) * steps
+    pieces = -(-steps // max(1, cost - start))
+    return -(-steps // max(1, pieces))
+
+
+def _workers(steps: int, columns: int, span: int) -> int:
+    if span >= steps:
+        return -(-steps * columns // max(1, span))
+    return -(-steps // span) * columns

@@ -15,18 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.partition import CHUNK, MODES, Mode
+from specdec.kernels.partition import CHUNK, EVEN_MODES, MODES, Mode
 from specdec.kernels.prefix_tree import over, pick, prefix_tree
 from specdec.kernels.worklist import (
     ALONE,
     AUTO,
     BLOCKS,
-    COLUMN0,
     COMMON,
+    FIRST_PAGE,
     FIRST_ROW,
     FLATTEN,
     ITEM_FIELDS,
-    ITEM_INDEX,
     KEY0,
     KEYS,
     LOOSE,
@@ -38,12 +37,12 @@ from specdec.kernels.worklist import (
     PLACE_MASK,
     PLACE_ZERO,
     PREFIX,
-    QUOTA,
     REQUEST_FIELDS,
     ROW0,
     ROWS,
     SEQUENCE,
     SEQUENCE_MODE,
+    SLOT0,
     SPAN,
     START,
     STEP,
@@ -52,9 +51,7 @@ from specdec.kernels.worklist import (
     TILE0,
     TILES,
     TOKENS,
-    TOTAL,
     UNLIMITED,
-    WHOLE_CUT,
     WORKER0,
     WORKER_FIELDS,
     WORKERS,
@@ -167,9 +164,65 @@ def _requests(
 
 @triton.jit
 def _pieces(steps, span):
-    """How many pieces a column has; none if it has no steps."""
-    # Not (steps + span - 1) // span: the sum overflows for an unlimited span.
-    return tl.where(steps > 0, (steps - 1) // tl.maximum(span, 1) + 1, 0)
+    """In how many pieces of at most `span` something is cut; `span` counts as 1 at least."""
+    span = tl.maximum(span, 1)
+    return (steps + span - 1) // span
+
+
+@triton.jit
+def _workers(steps, columns, span):
+    """How many workers an item has."""
+    return tl.where(span >= steps, _pieces(steps * columns, span), _pieces(steps, span) * columns)
+
+
+@triton.jit
+def _span(steps, columns, cost, START_STEPS: tl.constexpr):
+    """Steps of a worker of at most that cost: some whole columns, or an even part of one."""
+    length = steps + START_STEPS
+    some = _pieces(columns, _pieces(columns, cost // length)) * steps
+    part = _pieces(steps, _pieces(steps, tl.maximum(cost - START_STEPS, 1)))
+    return tl.maximum(tl.where(length <= cost, some, part), 1)
+
+
+@triton.jit
+def _needed(inner_steps, inner_columns, leaf_steps, leaf_columns, cost, START_STEPS: tl.constexpr):
+    """How many workers there are if none costs more than `cost`."""
+    inner = _workers(
+        inner_steps, inner_columns, _span(inner_steps, inner_columns, cost, START_STEPS)
+    )
+    leaf = _workers(leaf_steps, leaf_columns, _span(leaf_steps, leaf_columns, cost, START_STEPS))
+    return tl.sum(inner, 0) + tl.sum(leaf, 0)
+
+
+@triton.jit
+def _even_cost(
+    inner_steps, inner_columns, leaf_steps, leaf_columns, programs, START_STEPS: tl.constexpr
+):  # fmt: skip
+    """What a worker may cost; see `partition.even_spans`."""
+    work = tl.sum(inner_steps * inner_columns, 0) + tl.sum(leaf_steps * leaf_columns, 0)
+    items = tl.sum((inner_steps * inner_columns > 0).to(tl.int32), 0)
+    items += tl.sum((leaf_steps * leaf_columns > 0).to(tl.int32), 0)
+    rounds = tl.maximum((items + programs - 1) // programs, 1)
+    most = rounds * programs
+    low = tl.maximum((work + most - 1) // most, 1)
+    high = low
+    # The least cost that is enough lies between `low` and `high`.
+    while _needed(inner_steps, inner_columns, leaf_steps, leaf_columns, high, START_STEPS) > most:
+        low = high + 1
+        high = 2 * high
+    while low < high:
+        middle = (low + high) // 2
+        few = _needed(inner_steps, inner_columns, leaf_steps, leaf_columns, middle, START_STEPS)
+        high = tl.where(few <= most, middle, high)
+        low = tl.where(few <= most, low, middle + 1)
+    longest = tl.maximum(
+        tl.max(tl.where(inner_columns > 0, inner_steps, 0), 0),
+        tl.max(tl.where(leaf_columns > 0, leaf_steps, 0), 0),
+    )
+    longest += START_STEPS
+    few = _needed(inner_steps, inner_columns, leaf_steps, leaf_columns, longest, START_STEPS)
+    whole = (few + programs - 1) // programs * longest
+    return tl.where(16 * whole <= 17 * rounds * high, longest, high)
 
 
 @triton.jit(do_not_specialize=["requests", "programs", "chunk", "columns_limit"])
@@ -191,6 +244,7 @@ def _items(
     TREE: tl.constexpr,
     MODE: tl.constexpr,
     LOOSE_STEPS: tl.constexpr,
+    START_STEPS: tl.constexpr,
 ):
     """One program: the prefix tree, its items, and their steps in order."""
     k = tl.arange(0, B)
@@ -250,51 +304,34 @@ def _items(
     leaf_steps = leaf_tiles + (leaf_loose + BLOCK_N - 1) // BLOCK_N * LOOSE_STEPS
     leaf_blocks = tl.where(leaf_steps > 0, (rows * G + BLOCK_M - 1) // BLOCK_M, 0)
 
-    inner_work = inner_steps * inner_blocks * HKV
-    leaf_work = leaf_steps * leaf_blocks * HKV
-    inner_start = tl.cumsum(inner_work, 0) - inner_work
-    shared_work = tl.sum(inner_work, 0)
-    leaf_start = shared_work + tl.cumsum(leaf_work, 0) - leaf_work
-    total = shared_work + tl.sum(leaf_work, 0)
     inner_columns = inner_blocks * HKV
     leaf_columns = leaf_blocks * HKV
-    inner_column0 = tl.cumsum(inner_columns, 0) - inner_columns
-    leaf_column0 = tl.sum(inner_columns, 0) + tl.cumsum(leaf_columns, 0) - leaf_columns
-
-    quota = tl.maximum((total + programs - 1) // programs, 1)
-    whole_cut = 0
     if (MODE == SEQUENCE_MODE) | (MODE == FLATTEN) | (MODE == AUTO):
-        # Cutting all steps into equal intervals balances best, but a worker whose interval spans
-        # two columns starts twice, and whole columns need no merge. So each column is cut alone if
-        # that lengthens the intervals by little.
-        span = 0
-        longest = quota + 3 + quota // 16
-        candidate = quota
-        while (span == 0) & (candidate <= longest):
-            pieces = tl.sum(_pieces(inner_steps, candidate) * inner_columns, 0)
-            pieces += tl.sum(_pieces(leaf_steps, candidate) * leaf_columns, 0)
-            span = tl.where(pieces <= programs, candidate, 0)
-            candidate += 1
-        whole_cut = tl.where(span == 0, 1, 0)
-        inner_span = tl.zeros([B], tl.int32) + span
-        leaf_span = inner_span
+        cost = _even_cost(
+            inner_steps, inner_columns, leaf_steps, leaf_columns, programs, START_STEPS
+        )
+        inner_span = _span(inner_steps, inner_columns, cost, START_STEPS)
+        leaf_span = _span(leaf_steps, leaf_columns, cost, START_STEPS)
     else:
-        inner_span = tl.full([B], UNLIMITED, tl.int32)
-        leaf_span = tl.full([B], UNLIMITED, tl.int32)
+        inner_span, leaf_span = inner_steps, leaf_steps
         if MODE != NODE:
-            inner_span = tl.zeros([B], tl.int32) + chunk
+            inner_span = tl.minimum(inner_steps, chunk)
         if MODE == NODE_CHUNK:
-            leaf_span = tl.zeros([B], tl.int32) + chunk
+            leaf_span = tl.minimum(leaf_steps, chunk)
+        inner_span, leaf_span = tl.maximum(inner_span, 1), tl.maximum(leaf_span, 1)
+
+    inner_work, leaf_work = inner_steps * inner_columns, leaf_steps * leaf_columns
+    inner_start = tl.cumsum(inner_work, 0) - inner_work
+    leaf_start = tl.sum(inner_work, 0) + tl.cumsum(leaf_work, 0) - leaf_work
     inner_pieces = _pieces(inner_steps, inner_span) * inner_columns
     leaf_pieces = _pieces(leaf_steps, leaf_span) * leaf_columns
-    inner_worker0 = tl.cumsum(inner_pieces, 0) - inner_pieces
-    leaf_worker0 = tl.sum(inner_pieces, 0) + tl.cumsum(leaf_pieces, 0) - leaf_pieces
-    workers = tl.sum(inner_pieces, 0) + tl.sum(leaf_pieces, 0)
-
-    tl.store(HEADER + QUOTA, quota)
-    tl.store(HEADER + WORKERS, tl.where(whole_cut > 0, programs, workers))
-    tl.store(HEADER + TOTAL, total)
-    tl.store(HEADER + WHOLE_CUT, whole_cut)
+    inner_slot0 = tl.cumsum(inner_pieces, 0) - inner_pieces
+    leaf_slot0 = tl.sum(inner_pieces, 0) + tl.cumsum(leaf_pieces, 0) - leaf_pieces
+    inner_workers = _workers(inner_steps, inner_columns, inner_span)
+    leaf_workers = _workers(leaf_steps, leaf_columns, leaf_span)
+    inner_worker0 = tl.cumsum(inner_workers, 0) - inner_workers
+    leaf_worker0 = tl.sum(inner_workers, 0) + tl.cumsum(leaf_workers, 0) - leaf_workers
+    tl.store(HEADER + WORKERS, tl.sum(inner_workers, 0) + tl.sum(leaf_workers, 0))
 
     at = ITEMS + k * ITEM_FIELDS
     tl.store(at + START, inner_start)
@@ -309,7 +346,7 @@ def _items(
     tl.store(at + LOOSE, inner_loose)
     tl.store(at + PARENT, above)
     tl.store(at + ALONE, ((above < 0) & (absorbs > 0) & (leaves == 0)).to(tl.int32))
-    tl.store(at + COLUMN0, inner_column0)
+    tl.store(at + SLOT0, inner_slot0)
     tl.store(at + WORKER0, inner_worker0)
     tl.store(at + SPAN, inner_span)
 
@@ -326,7 +363,7 @@ def _items(
     tl.store(at + LOOSE, leaf_loose)
     tl.store(at + PARENT, leaf_above)
     tl.store(at + ALONE, (leaf_above < 0).to(tl.int32))
-    tl.store(at + COLUMN0, leaf_column0)
+    tl.store(at + SLOT0, leaf_slot0)
     tl.store(at + WORKER0, leaf_worker0)
     tl.store(at + SPAN, leaf_span)
 
@@ -354,6 +391,7 @@ def _tables(
     W: tl.constexpr,
     CAUSAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Loose keys, rows and workers, each looked up in the prefix sums before it."""
@@ -403,35 +441,36 @@ def _tables(
     # Workers.
     x = tl.arange(0, 2 * B)
     at = ITEMS + x * ITEM_FIELDS
-    total = tl.load(HEADER + TOTAL)
-    quota = tl.load(HEADER + QUOTA)
-    whole_cut = tl.load(HEADER + WHOLE_CUT) > 0
-    steps = tl.load(at + STEPS)
     columns = tl.load(at + BLOCKS) * HKV
-    ends = tl.load(at + START) + steps * columns
-    piece_ends = tl.load(at + WORKER0) + _pieces(steps, tl.load(at + SPAN)) * columns
-    ends = tl.where(whole_cut, ends, piece_ends)
-    place = tl.where(whole_cut, tl.minimum(index * quota, total), index)
-    item = tl.sum((ends[None, :] <= place[:, None]).to(tl.int32), 1)
+    ends = tl.load(at + WORKER0)
+    ends += _workers(tl.load(at + STEPS), columns, tl.load(at + SPAN))
+    item = tl.sum((ends[None, :] <= index[:, None]).to(tl.int32), 1)
     inside = item < 2 * B
-    at = ITEMS + item * ITEM_FIELDS
-    steps = tl.load(at + STEPS, mask=inside, other=1)
-    span = tl.maximum(tl.load(at + SPAN, mask=inside, other=1), 1)
-    pieces = (steps - 1) // span + 1
-    piece = index - tl.load(at + WORKER0, mask=inside, other=0)
-    begin = piece % pieces * span
-    step = tl.load(at + START, mask=inside, other=0) + piece // pieces * steps + begin
-    stop = step + tl.minimum(span, steps - begin)
-    step = tl.where(whole_cut, place, step)
-    stop = tl.where(whole_cut, tl.minimum(place + quota, total), stop)
+    item_at = ITEMS + item * ITEM_FIELDS
+    steps = tl.load(item_at + STEPS, mask=inside, other=1)
+    span = tl.load(item_at + SPAN, mask=inside, other=1)
+    nth = index - tl.load(item_at + WORKER0, mask=inside, other=0)
+    pieces = _pieces(steps, span)
+    cut = span < steps  # a cut begins anew in every column
+    step = tl.where(cut, nth // pieces * steps + nth % pieces * span, nth * span)
+    end = tl.where(
+        cut, (nth // pieces + 1) * steps, tl.load(item_at + BLOCKS, mask=inside) * HKV * steps
+    )
+    stop = tl.minimum(step + span, end)
     mask = index < max_workers
     at = WORKER_TABLE + index * WORKER_FIELDS
     for field in tl.static_range(ITEM_FIELDS):
-        value = tl.load(ITEMS + item * ITEM_FIELDS + field, mask=mask & inside, other=0)
+        value = tl.load(item_at + field, mask=mask & inside, other=0)
         tl.store(at + field, value, mask=mask)
-    tl.store(at + STEP, tl.where(inside, step, total), mask=mask)
-    tl.store(at + STOP, tl.where(inside, stop, total), mask=mask)
-    tl.store(at + ITEM_INDEX, item, mask=mask)
+    start = tl.load(item_at + START, mask=inside, other=0)
+    tl.store(at + STEP, tl.where(inside, start + step, 0), mask=mask)
+    tl.store(at + STOP, tl.where(inside, start + stop, 0), mask=mask)
+    tile = tl.load(item_at + TILE0, mask=inside, other=0) + step % steps
+    owner = tl.load(item_at + OWNER, mask=inside, other=0).to(tl.int64)
+    for part in tl.static_range(PARTS):
+        page = tl.minimum(tile * BLOCK_N // PAGE + part, table_width - 1)
+        page = tl.load(TABLE + owner * table_width + page, mask=mask & inside, other=0)
+        tl.store(at + FIRST_PAGE + part, page.to(tl.int32), mask=mask)
 
 
 def build(
@@ -483,13 +522,15 @@ def build(
     if shared:
         limit = (3 * blocks + requests) * kv_heads
     columns += limit
-    even = mode in ("sequence", "flatten", "auto")
+    even = mode in EVEN_MODES
     max_keys = requests * (tiling.block_n - 1) + max_places
-    workers = programs
+    # Rounds that every item has a worker in, or every column.
+    workers = max(programs + 2 * requests, columns)
     if not even:
         steps = triton.cdiv(max_prefix, tiling.block_n)
         steps += triton.cdiv(max_keys, tiling.block_n) * tiling.loose_steps
         workers = columns * (1 if mode == "node" else triton.cdiv(steps, CHUNK))
+        workers = max(workers, programs)  # each program looks at the record of its number
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
@@ -515,7 +556,7 @@ def build(
         table, header, items, scratch, requests, programs, CHUNK, limit,
         B=slots_per_request, G=groups, HKV=kv_heads, BLOCK_M=tiling.block_m,
         BLOCK_N=tiling.block_n, WINDOW=window or 0, TREE=shared, MODE=number,
-        LOOSE_STEPS=tiling.loose_steps,
+        LOOSE_STEPS=tiling.loose_steps, START_STEPS=tiling.start_steps,
         num_warps=4 if slots_per_request <= 32 else 8,
     )  # fmt: skip
     block = max(16, min(128, 16384 // slots_per_request))  # it meets every request
@@ -523,7 +564,8 @@ def build(
         table, header, items, page_table, page_table.shape[1],
         worker_table, workers, key_slots, key_tags, max_keys,
         row_table, row_requests, rows, requests, seen,
-        B=slots_per_request, HKV=kv_heads, W=width, CAUSAL=ancestors is None, BLOCK=block, **shape,
+        B=slots_per_request, HKV=kv_heads, W=width, CAUSAL=ancestors is None,
+        PARTS=max(1, tiling.block_n // page_size), BLOCK=block, **shape,
     )  # fmt: skip
     return Schedule(
         mode, tiling, window, ancestors is None, programs, requests, header, items, worker_table,

@@ -3,9 +3,9 @@
 A *tile* is `block_n` keys of a sequence, counted from its first; a *step* is one tile against
 `block_m` packed rows (query tokens x heads of a group); a *column* is all steps of the same rows
 and key/value head; an *item* is all columns of one node of the prefix tree. Steps are numbered item
-by item, column by column; a *worker* takes an interval of them. Where a column is cut, or rows have
-several items, each piece leaves a partial result in slot `column + worker`, which is unique because
-from one piece to the next either the column or the worker advances.
+by item, column by column; a *worker* takes an interval of them, some columns of an item or a part
+of one. A *piece* is what a worker does of a column. Where that is not all there is for its rows, it
+leaves a partial result in the slot of its number; pieces are numbered as steps are.
 
 Letters: B requests, R rows, W words of ancestor bits.
 """
@@ -36,22 +36,20 @@ KEY0 = tl.constexpr(8)  # first entry of the key table
 LOOSE = tl.constexpr(9)  # entries of the key table, masked one by one
 PARENT = tl.constexpr(10)  # the item of the enclosing node, -1 for none
 ALONE = tl.constexpr(11)  # no other item has these rows
-COLUMN0 = tl.constexpr(12)  # first column
-WORKER0 = tl.constexpr(13)  # first worker, where each column is cut
-SPAN = tl.constexpr(14)  # steps of a worker, where each column is cut; 0 where all steps are
+SLOT0 = tl.constexpr(12)  # first piece
+WORKER0 = tl.constexpr(13)  # first worker
+SPAN = tl.constexpr(14)  # steps of a worker
 ITEM_FIELDS = tl.constexpr(16)
 
-# Columns of the worker table: its first item, copied, so that one load finds all; then
+# Columns of the worker table: its item, copied, so that one load finds all; then
 STEP = tl.constexpr(16)  # first step
 STOP = tl.constexpr(17)  # end of the interval
-ITEM_INDEX = tl.constexpr(18)
+FIRST_PAGE = tl.constexpr(18)  # where its first tile begins, and the pages behind it
+MAX_PARTS = 8  # pages of a tile
 WORKER_FIELDS = tl.constexpr(32)
 
 # Entries of the header.
-QUOTA = tl.constexpr(0)  # steps of a worker, where all steps are cut
-WORKERS = tl.constexpr(1)
-TOTAL = tl.constexpr(2)
-WHOLE_CUT = tl.constexpr(3)  # whether all steps are cut, rather than each column
+WORKERS = tl.constexpr(0)
 
 # Modes, as the kernels know them: their places in `partition.MODES`.
 SEQUENCE_MODE, NODE, NODE_CHUNK, FLATTEN, TWO_PHASE, AUTO = (tl.constexpr(c) for c in range(6))
@@ -77,6 +75,8 @@ class Tiling:
     loose_n: int = 32  # loose keys of a turn
     loose_stages: int = 1
     loose_steps: int = 2  # a tile of loose keys is as much work as so many dense ones
+    start_steps: int = 3  # so is beginning a column
+    bulk: bool = False  # tiles are copied by the copy engine of Hopper and later (TMA)
 
 
 @dataclass(eq=False)

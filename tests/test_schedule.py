@@ -21,7 +21,7 @@ from specdec.kernels.worklist import Schedule, Tiling
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE, BLOCK_M, BLOCK_N = 4, 4, 8
 FIELDS = ["START", "STEPS", "BLOCKS", "FIRST_ROW", "TOKENS", "OWNER", "TILE0", "TILES"]
-FIELDS += ["KEY0", "LOOSE", "STEP", "STOP", "ITEM_INDEX"]
+FIELDS += ["KEY0", "LOOSE", "STEP", "STOP"]
 
 
 @dataclass
@@ -149,7 +149,7 @@ def test_every_pair_of_query_and_key_is_covered_once(
 def pairs(built: Schedule, groups: int, kv_heads: int) -> Counter[tuple[int, int, int]]:
     """The (row, head, slot) that the kernel computes, read off the device's tables."""
     field = {name: getattr(worklist, name).value for name in FIELDS}
-    items, slots, tags = built.items.tolist(), built.key_slots.tolist(), built.key_tags.tolist()
+    slots, tags = built.key_slots.tolist(), built.key_tags.tolist()
     depths, owners = built.row_depths.tolist(), built.row_requests.tolist()
     assert built.words is not None
     bits = [
@@ -158,14 +158,11 @@ def pairs(built: Schedule, groups: int, kv_heads: int) -> Counter[tuple[int, int
     ]
     weight, found = built.tiling.loose_steps, Counter[tuple[int, int, int]]()
     for worker in built.workers[: int(built.header[worklist.WORKERS.value])].tolist():
-        step, index = worker[field["STEP"]], worker[field["ITEM_INDEX"]]
-        while step < worker[field["STOP"]]:
-            get = {name: items[index][at] for name, at in field.items() if at < 16}
-            if step >= get["START"] + get["STEPS"] * get["BLOCKS"] * kv_heads:
-                index += 1
-                continue
+        get = {name: worker[at] for name, at in field.items()}
+        step = get["STEP"]
+        while step < get["STOP"]:
             column, begin = divmod(step - get["START"], get["STEPS"])
-            end = min(get["STEPS"], begin + worker[field["STOP"]] - step)
+            end = min(get["STEPS"], begin + get["STOP"] - step)
             head, block = divmod(column, get["BLOCKS"])
             for m in range(block * BLOCK_M, (block + 1) * BLOCK_M):
                 if m >= get["TOKENS"] * groups:

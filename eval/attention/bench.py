@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -226,21 +225,13 @@ def partial_bytes(data: Data, mode: Mode) -> int:
 def partial_results(schedule: work.Schedule, kv_heads: int) -> int:
     """How many pieces of columns leave a partial result.
 
-    The bounds of the workers and of the columns cut the steps into pieces. One that is a whole
-    column, of rows that no other item has, is a result already.
+    One that is a whole column, of rows that no other item has, is a result already.
     """
-    header, items = schedule.header.tolist(), schedule.items.cpu().numpy()
-    workers = schedule.workers[: header[int(work.WORKERS)], int(work.STEP)].cpu().numpy()
+    items = schedule.items.cpu().numpy()
     items = items[items[:, int(work.STEPS)] * items[:, int(work.BLOCKS)] > 0]
-    columns = items[:, int(work.BLOCKS)] * kv_heads
-    steps = np.repeat(items[:, int(work.STEPS)], columns)
-    alone = np.repeat(items[:, int(work.ALONE)], columns) > 0
-    starts = np.cumsum(steps) - steps
-    total = header[int(work.TOTAL)]
-    cuts = np.unique(np.concatenate([starts, workers, [total]]))
-    column = np.searchsorted(starts, cuts[:-1], side="right") - 1
-    whole = (np.diff(cuts) == steps[column]) & alone[column]
-    return int((~whole).sum())
+    pieces = -(-items[:, int(work.STEPS)] // items[:, int(work.SPAN)])
+    whole = (pieces == 1) & (items[:, int(work.ALONE)] > 0)
+    return int((pieces * items[:, int(work.BLOCKS)] * kv_heads)[~whole].sum())
 
 
 def provenance(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
