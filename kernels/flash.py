@@ -14,6 +14,7 @@ P pages, M packed rows of a block, N keys of a tile.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# mypy: disable-error-code="assignment, misc"
 
 from __future__ import annotations
 
@@ -33,11 +34,11 @@ from specdec.kernels.worklist import (
     LOOSE,
     OWNER,
     PARENT,
+    PIECES,
     PLACE_BITS,
     PLACE_MASK,
     PLACE_ZERO,
     SLOT0,
-    SPAN,
     START,
     STEP,
     STEPS,
@@ -163,8 +164,7 @@ def _merge_kernel(
         steps = tl.load(at + STEPS, mask=inside, other=0)
         packed = (row - tl.load(at + FIRST_ROW, mask=inside, other=0)) * G + head % G
         column = head // G * tl.load(at + BLOCKS, mask=inside, other=0) + packed // BLOCK_M
-        span = tl.load(at + SPAN, mask=inside, other=1)
-        count = (steps + span - 1) // span
+        count = tl.where(steps > 0, tl.load(at + PIECES, mask=inside, other=0), 0)
         slot = tl.load(at + SLOT0, mask=inside, other=0) + column * count
         alone = tl.load(at + ALONE, mask=inside, other=0)
         done = done | ((alone > 0) & (count == 1))  # written by the only piece
@@ -288,7 +288,7 @@ def _attend_kernel(
         loose = tl.load(at + LOOSE)
         alone = tl.load(at + ALONE)
         slot0 = tl.load(at + SLOT0)
-        span = tl.load(at + SPAN)
+        pieces = tl.load(at + PIECES)
         entry = step
         pages_at_entry = ()
         for part in tl.static_range(PARTS):
@@ -423,7 +423,8 @@ def _attend_kernel(
                 largest = tl.max(tl.abs(acc), 1)
                 scaled = acc * (1 / tl.where(largest == 0, 1.0, largest))[:, None]
                 size = largest / tl.where(total == 0, 1.0, total)
-                slot = slot0 + column * ((steps + span - 1) // span) + begin // span
+                span = (steps + pieces - 1) // pieces
+                slot = slot0 + column * pieces + begin // span
                 place = slot * BLOCK_M + block_rows
                 tl.store(STATES + place * 2, lse, mask=real)
                 tl.store(STATES + place * 2 + 1, size, mask=real)

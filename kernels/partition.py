@@ -48,7 +48,7 @@ class Shape:
     kv_heads: int
     programs: int
     loose_steps: int = 2  # a tile of loose keys counts as so many steps
-    start_steps: int = 3  # so does beginning a column
+    start_steps: int = 4  # so does beginning a column
     window: int | None = None
 
     def blocks(self, rows: int) -> int:
@@ -177,56 +177,69 @@ def workers(
     """
     work = [(item.steps(requests, shape), item.columns(requests, shape)) for item in found]
     if mode in EVEN_MODES:
-        spans = even_spans(work, shape)
+        cuts = even_cuts(work, shape)
     else:
         chunked = {"node": (), "node_chunk": (False, True), "two_phase": (False,)}[mode]
-        spans = [
-            min(steps, CHUNK) if item.leaf in chunked else steps
+        cuts = [
+            (-(-steps // CHUNK) if item.leaf in chunked else 1, 1)
             for item, (steps, _) in zip(found, work, strict=True)
         ]
-    bounds, start = [], 0
-    for (steps, columns), span in zip(work, spans, strict=True):
-        whole = steps * columns if span >= steps else steps  # a cut begins anew in every column
-        for first in range(start, start + steps * columns, max(whole, 1)):
-            for step in range(first, first + whole, span):
-                bounds.append((step, min(step + span, first + whole)))
+    bounds: list[tuple[int, int]] = []
+    start = 0
+    for (steps, columns), (pieces, takes) in zip(work, cuts, strict=True):
+        span = -(-steps // pieces) if pieces else 1
+        for column in range(0, columns, takes):
+            first = start + column * steps
+            last = first + min(takes, columns - column) * steps
+            if pieces == 1:
+                bounds.append((first, last))
+            else:
+                bounds += [(step, min(step + span, last)) for step in range(first, last, span)]
         start += steps * columns
     return bounds
 
 
-def even_spans(work: Sequence[tuple[int, int]], shape: Shape) -> list[int]:
-    """For each item how many steps a worker takes, so that the last program ends early.
+def even_cuts(work: Sequence[tuple[int, int]], shape: Shape) -> list[tuple[int, int]]:
+    """Cuts for the programs of one launch, so that the last of them ends early.
 
-    `work` are steps and columns. A worker costs its steps, and `start_steps` for each column that
-    it begins. Every program gets one worker, whose cost is the least that leaves none over; or,
-    where that costs about the same, several workers of one long column each, one after the other:
-    then neighbours read the same keys at the same time, and columns are not cut.
+    A worker costs its steps, and `start_steps` for each column that it begins. Every program gets
+    one worker, whose cost is the least that leaves none over; or, where that costs about the same,
+    several workers of one long column each, one after the other: then neighbours read the same
+    keys at the same time, and columns are not cut.
+
+    Args:
+        work: of each item, the steps of a column and its columns.
+
+    Returns:
+        Of each item, in how many pieces a column is cut, or how many columns a worker takes: one
+        of the two is 1.
     """
     programs, start = shape.programs, shape.start_steps
     rounds = max(1, -(-sum(steps * columns > 0 for steps, columns in work) // programs))
 
     def needed(cost: int) -> int:
-        return sum(_workers(s, c, _span(s, c, cost, start)) for s, c in work)
+        cuts = (_cut(steps, columns, cost, start) for steps, columns in work)
+        return sum(
+            columns * pieces if pieces > 1 else -(-columns // takes)
+            for (pieces, takes), (_, columns) in zip(cuts, work, strict=True)
+        )
 
     cost = max(1, -(-sum(s * c for s, c in work) // (rounds * programs)))
     while needed(cost) > rounds * programs:
         cost += 1
-    longest = max(s for s, _ in work) + start
+    longest = max(steps for steps, _ in work) + start
     if 16 * -(-needed(longest) // programs) * longest <= 17 * rounds * cost:
         cost = longest
-    return [_span(s, c, cost, start) for s, c in work]
+    return [_cut(steps, columns, cost, start) for steps, columns in work]
 
 
-def _span(steps: int, columns: int, cost: int, start: int) -> int:
-    """Steps of a worker of at most that cost: some whole columns, or an even part of one."""
-    if steps + start <= cost:
-        workers = -(-columns // (cost // (steps + start)))
-        return -(-columns // max(1, workers)) * steps
-    pieces = -(-steps // max(1, cost - start))
-    return -(-steps // max(1, pieces))
+def _cut(steps: int, columns: int, cost: int, start: int) -> tuple[int, int]:
+    """Pieces and columns of a worker, see `even_cuts`, if it may have that cost.
 
-
-def _workers(steps: int, columns: int, span: int) -> int:
-    if span >= steps:
-        return -(-steps * columns // max(1, span))
-    return -(-steps // span) * columns
+    Pieces are of one size, except for the last, which is what is left: there are the loose keys.
+    """
+    if steps + start > cost:
+        pieces = -(-steps // max(1, cost - start))
+        return -(-steps // -(-steps // pieces)), 1
+    workers = -(-columns // (cost // (steps + start)))
+    return 1, -(-columns // max(1, workers)) or 1

@@ -33,6 +33,7 @@ from specdec.kernels.worklist import (
     NODE_CHUNK,
     OWNER,
     PARENT,
+    PIECES,
     PLACE_BITS,
     PLACE_MASK,
     PLACE_ZERO,
@@ -43,11 +44,11 @@ from specdec.kernels.worklist import (
     SEQUENCE,
     SEQUENCE_MODE,
     SLOT0,
-    SPAN,
     START,
     STEP,
     STEPS,
     STOP,
+    TAKES,
     TILE0,
     TILES,
     TOKENS,
@@ -163,48 +164,48 @@ def _requests(
 
 
 @triton.jit
-def _pieces(steps, span):
-    """In how many pieces of at most `span` something is cut; `span` counts as 1 at least."""
-    span = tl.maximum(span, 1)
-    return (steps + span - 1) // span
+def _cdiv(a, b):
+    b = tl.maximum(b, 1)
+    return (a + b - 1) // b
 
 
 @triton.jit
-def _workers(steps, columns, span):
-    """How many workers an item has."""
-    return tl.where(span >= steps, _pieces(steps * columns, span), _pieces(steps, span) * columns)
-
-
-@triton.jit
-def _span(steps, columns, cost, START_STEPS: tl.constexpr):
-    """Steps of a worker of at most that cost: some whole columns, or an even part of one."""
+def _cut(steps, columns, cost, START_STEPS: tl.constexpr):
+    """Pieces of a column and columns of a worker that has at most that cost."""
     length = steps + START_STEPS
-    some = _pieces(columns, _pieces(columns, cost // length)) * steps
-    part = _pieces(steps, _pieces(steps, tl.maximum(cost - START_STEPS, 1)))
-    return tl.maximum(tl.where(length <= cost, some, part), 1)
+    whole = length <= cost
+    pieces = _cdiv(steps, _cdiv(steps, _cdiv(steps, cost - START_STEPS)))
+    pieces = tl.where(whole, 1, pieces)
+    takes = tl.where(whole, _cdiv(columns, _cdiv(columns, cost // length)), 1)
+    return tl.maximum(pieces, 1), tl.maximum(takes, 1)
+
+
+@triton.jit
+def _workers(columns, pieces, takes):
+    """How many workers an item has."""
+    return tl.where(pieces > 1, columns * pieces, _cdiv(columns, takes))
 
 
 @triton.jit
 def _needed(inner_steps, inner_columns, leaf_steps, leaf_columns, cost, START_STEPS: tl.constexpr):
     """How many workers there are if none costs more than `cost`."""
-    inner = _workers(
-        inner_steps, inner_columns, _span(inner_steps, inner_columns, cost, START_STEPS)
-    )
-    leaf = _workers(leaf_steps, leaf_columns, _span(leaf_steps, leaf_columns, cost, START_STEPS))
-    return tl.sum(inner, 0) + tl.sum(leaf, 0)
+    pieces, takes = _cut(inner_steps, inner_columns, cost, START_STEPS)
+    few = tl.sum(_workers(inner_columns, pieces, takes), 0)
+    pieces, takes = _cut(leaf_steps, leaf_columns, cost, START_STEPS)
+    return few + tl.sum(_workers(leaf_columns, pieces, takes), 0)
 
 
 @triton.jit
-def _even_cost(
+def _even_cuts(
     inner_steps, inner_columns, leaf_steps, leaf_columns, programs, START_STEPS: tl.constexpr
 ):  # fmt: skip
-    """What a worker may cost; see `partition.even_spans`."""
+    """Pieces and columns of a worker, for inner items and leaves; see `partition.even_cuts`."""
     work = tl.sum(inner_steps * inner_columns, 0) + tl.sum(leaf_steps * leaf_columns, 0)
     items = tl.sum((inner_steps * inner_columns > 0).to(tl.int32), 0)
     items += tl.sum((leaf_steps * leaf_columns > 0).to(tl.int32), 0)
-    rounds = tl.maximum((items + programs - 1) // programs, 1)
+    rounds = tl.maximum(_cdiv(items, programs), 1)
     most = rounds * programs
-    low = tl.maximum((work + most - 1) // most, 1)
+    low = tl.maximum(_cdiv(work, most), 1)
     high = low
     # The least cost that is enough lies between `low` and `high`.
     while _needed(inner_steps, inner_columns, leaf_steps, leaf_columns, high, START_STEPS) > most:
@@ -221,8 +222,11 @@ def _even_cost(
     )
     longest += START_STEPS
     few = _needed(inner_steps, inner_columns, leaf_steps, leaf_columns, longest, START_STEPS)
-    whole = (few + programs - 1) // programs * longest
-    return tl.where(16 * whole <= 17 * rounds * high, longest, high)
+    in_rounds = 16 * _cdiv(few, programs) * longest <= 17 * rounds * high
+    cost = tl.where(in_rounds, longest, high)
+    inner_pieces, inner_takes = _cut(inner_steps, inner_columns, cost, START_STEPS)
+    leaf_pieces, leaf_takes = _cut(leaf_steps, leaf_columns, cost, START_STEPS)
+    return inner_pieces, inner_takes, leaf_pieces, leaf_takes
 
 
 @triton.jit(do_not_specialize=["requests", "programs", "chunk", "columns_limit"])
@@ -307,28 +311,25 @@ def _items(
     inner_columns = inner_blocks * HKV
     leaf_columns = leaf_blocks * HKV
     if (MODE == SEQUENCE_MODE) | (MODE == FLATTEN) | (MODE == AUTO):
-        cost = _even_cost(
+        inner_pieces, inner_takes, leaf_pieces, leaf_takes = _even_cuts(
             inner_steps, inner_columns, leaf_steps, leaf_columns, programs, START_STEPS
         )
-        inner_span = _span(inner_steps, inner_columns, cost, START_STEPS)
-        leaf_span = _span(leaf_steps, leaf_columns, cost, START_STEPS)
     else:
-        inner_span, leaf_span = inner_steps, leaf_steps
+        one = tl.full([B], 1, tl.int32)
+        inner_pieces, inner_takes, leaf_pieces, leaf_takes = one, one, one, one
         if MODE != NODE:
-            inner_span = tl.minimum(inner_steps, chunk)
+            inner_pieces = _cdiv(inner_steps, chunk)
         if MODE == NODE_CHUNK:
-            leaf_span = tl.minimum(leaf_steps, chunk)
-        inner_span, leaf_span = tl.maximum(inner_span, 1), tl.maximum(leaf_span, 1)
+            leaf_pieces = _cdiv(leaf_steps, chunk)
 
     inner_work, leaf_work = inner_steps * inner_columns, leaf_steps * leaf_columns
     inner_start = tl.cumsum(inner_work, 0) - inner_work
     leaf_start = tl.sum(inner_work, 0) + tl.cumsum(leaf_work, 0) - leaf_work
-    inner_pieces = _pieces(inner_steps, inner_span) * inner_columns
-    leaf_pieces = _pieces(leaf_steps, leaf_span) * leaf_columns
-    inner_slot0 = tl.cumsum(inner_pieces, 0) - inner_pieces
-    leaf_slot0 = tl.sum(inner_pieces, 0) + tl.cumsum(leaf_pieces, 0) - leaf_pieces
-    inner_workers = _workers(inner_steps, inner_columns, inner_span)
-    leaf_workers = _workers(leaf_steps, leaf_columns, leaf_span)
+    inner_slots, leaf_slots = inner_pieces * inner_columns, leaf_pieces * leaf_columns
+    inner_slot0 = tl.cumsum(inner_slots, 0) - inner_slots
+    leaf_slot0 = tl.sum(inner_slots, 0) + tl.cumsum(leaf_slots, 0) - leaf_slots
+    inner_workers = _workers(inner_columns, inner_pieces, inner_takes)
+    leaf_workers = _workers(leaf_columns, leaf_pieces, leaf_takes)
     inner_worker0 = tl.cumsum(inner_workers, 0) - inner_workers
     leaf_worker0 = tl.sum(inner_workers, 0) + tl.cumsum(leaf_workers, 0) - leaf_workers
     tl.store(HEADER + WORKERS, tl.sum(inner_workers, 0) + tl.sum(leaf_workers, 0))
@@ -348,7 +349,8 @@ def _items(
     tl.store(at + ALONE, ((above < 0) & (absorbs > 0) & (leaves == 0)).to(tl.int32))
     tl.store(at + SLOT0, inner_slot0)
     tl.store(at + WORKER0, inner_worker0)
-    tl.store(at + SPAN, inner_span)
+    tl.store(at + PIECES, inner_pieces)
+    tl.store(at + TAKES, inner_takes)
 
     at = ITEMS + (B + k) * ITEM_FIELDS
     tl.store(at + START, leaf_start)
@@ -365,7 +367,8 @@ def _items(
     tl.store(at + ALONE, (leaf_above < 0).to(tl.int32))
     tl.store(at + SLOT0, leaf_slot0)
     tl.store(at + WORKER0, leaf_worker0)
-    tl.store(at + SPAN, leaf_span)
+    tl.store(at + PIECES, leaf_pieces)
+    tl.store(at + TAKES, leaf_takes)
 
 
 @triton.jit(do_not_specialize=["table_width", "max_workers", "max_keys", "total_rows", "requests"])
@@ -443,20 +446,20 @@ def _tables(
     at = ITEMS + x * ITEM_FIELDS
     columns = tl.load(at + BLOCKS) * HKV
     ends = tl.load(at + WORKER0)
-    ends += _workers(tl.load(at + STEPS), columns, tl.load(at + SPAN))
+    ends += _workers(columns, tl.load(at + PIECES), tl.load(at + TAKES))
     item = tl.sum((ends[None, :] <= index[:, None]).to(tl.int32), 1)
     inside = item < 2 * B
     item_at = ITEMS + item * ITEM_FIELDS
     steps = tl.load(item_at + STEPS, mask=inside, other=1)
-    span = tl.load(item_at + SPAN, mask=inside, other=1)
+    columns = tl.load(item_at + BLOCKS, mask=inside, other=0) * HKV
+    pieces = tl.load(item_at + PIECES, mask=inside, other=1)
+    takes = tl.load(item_at + TAKES, mask=inside, other=1)
     nth = index - tl.load(item_at + WORKER0, mask=inside, other=0)
-    pieces = _pieces(steps, span)
-    cut = span < steps  # a cut begins anew in every column
-    step = tl.where(cut, nth // pieces * steps + nth % pieces * span, nth * span)
-    end = tl.where(
-        cut, (nth // pieces + 1) * steps, tl.load(item_at + BLOCKS, mask=inside) * HKV * steps
-    )
-    stop = tl.minimum(step + span, end)
+    column, piece = nth // pieces * takes, nth % pieces
+    span = _cdiv(steps, pieces)
+    step = column * steps + piece * span
+    stop = tl.where(pieces > 1, tl.minimum(step + span, (column + 1) * steps), step + takes * steps)
+    stop = tl.minimum(stop, columns * steps)
     mask = index < max_workers
     at = WORKER_TABLE + index * WORKER_FIELDS
     for field in tl.static_range(ITEM_FIELDS):

@@ -1,6 +1,6 @@
 """Which tile sizes the Triton tree attention runs with. Nothing is tuned at run time.
 
-Half precision and head dims up to 128 were measured on an H200 (docs/tree-attention.md), the rest
+Half precision and head dims 64 and 128 were measured on an H100 (docs/tree-attention.md), the rest
 was not. What the table asks of shared memory is cut down to what the GPU at hand has.
 """
 
@@ -13,9 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
-from specdec.kernels.worklist import Tiling
+from specdec.kernels.worklist import MAX_PARTS, Tiling
 
 INTERPRETED = Tiling(16, 16, 4, 1, 1, loose_n=16)
+SHORT = 2048  # keys
+HEAVY = 1 << 27  # packed rows times keys: 32 requests of 64 nodes and 16,384 keys, for a group of 4
 RESERVED = 1024  # bytes of shared memory that the system keeps for each program
 
 
@@ -24,31 +26,71 @@ def choose(
     keys: Tensor,  # [P, page_size, Hkv, Dk]
     values: Tensor,  # [P, page_size, Hkv, Dv]
     max_rows: int,
+    max_prefix: int,
     shared: bool,
 ) -> tuple[Tiling, int]:
     """The tiling for a forward, and the number of programs of its launch.
 
     Args:
         max_rows: query tokens of the largest request.
+        max_prefix: committed keys of the longest, at most.
         shared: whether requests share pages, so that a block may hold rows of several.
     """
     if query.device.type != "cuda":
         return INTERPRETED, 6
     properties = torch.cuda.get_device_properties(query.device)
-    groups = query.shape[1] // keys.shape[2]
+    kv_heads = keys.shape[2]
+    groups = query.shape[1] // kv_heads
     width = max(triton.next_power_of_2(keys.shape[3]), triton.next_power_of_2(values.shape[3]))
+    element = query.element_size()
     rows = len(query) if shared else max_rows
-    tiling = fit(
-        wanted(rows * groups, max_rows * groups, width, query.element_size()),
+    # Copying many small pages costs more barriers than it saves instructions.
+    bulk = properties.major >= 9 and element == 2 and keys.shape[1] >= 32
+    bulk = bulk and _copyable(keys) and _copyable(values)
+    blocks = triton.cdiv(len(query) * groups, 64)
+    processors = properties.multi_processor_count
+    few = blocks * kv_heads <= processors // 4 and not shared
+    tiling = wanted(
+        rows * groups,
+        max_rows * groups,
         width,
-        query.element_size(),
-        properties.shared_memory_per_multiprocessor,
+        element,
+        bulk=bulk,
+        few=few,
+        long=max_prefix > SHORT,
+        heavy=len(query) * groups * max_prefix >= HEAVY,
     )
-    return tiling, properties.multi_processor_count * tiling.ctas
+    most = MAX_PARTS * keys.shape[1]
+    if tiling.block_n > most:
+        tiling = replace(tiling, block_n=most, loose_n=min(most, tiling.loose_n))
+    tiling = fit(tiling, width, element, properties.shared_memory_per_multiprocessor)
+    programs = processors * tiling.ctas
+    if tiling.block_m == 64 and few and (max_rows * groups <= 128 or max_prefix <= SHORT):
+        # Memory keeps up with fewer programs than there is room for. More of them make more partial
+        # results, and leave no room for the programs of the merge to wait beside them.
+        programs = min(programs, processors * 4 // 3 if blocks == 1 else processors)
+    return tiling, programs
+
+
+def _copyable(pages: Tensor) -> bool:
+    """Whether the copy engine can read tiles of one head: it wants 16 bytes, and powers of two."""
+    dim, size = pages.shape[3], pages.element_size()
+    aligned = pages.data_ptr() % 16 == 0 and pages.stride(1) * size % 16 == 0
+    return aligned and dim * size >= 16 and dim == triton.next_power_of_2(dim)
 
 
 @functools.cache
-def wanted(packed: int, largest: int, width: int, element: int) -> Tiling:
+def wanted(
+    packed: int,
+    largest: int,
+    width: int,
+    element: int,
+    *,
+    bulk: bool = False,
+    few: bool = False,
+    long: bool = False,
+    heavy: bool = False,
+) -> Tiling:
     """The best tiling where shared memory does not matter.
 
     Args:
@@ -56,16 +98,23 @@ def wanted(packed: int, largest: int, width: int, element: int) -> Tiling:
         largest: rows times group of the largest request.
         width: head dim, rounded up to a power of two.
         element: bytes of a query element.
+        bulk: whether the copy engine can be used.
+        few: whether there are few columns, each cut into many pieces.
+        long: whether prefixes are.
+        heavy: whether the launch is so long that the clocks fall.
     """
     if element == 4:  # IEEE products run on the ordinary units, whatever the tile
         return Tiling(16, 32 if width <= 128 else 16, 4, 2, 2, loose_n=16)
     if width > 128:
-        return Tiling(16 if packed <= 16 else 64, 32, 4 if packed <= 16 else 8, 2, 1)
+        return Tiling(16 if packed <= 16 else 64, 32, 4 if packed <= 16 else 8, 2, 1, bulk=bulk)
     if packed <= 16:
-        return Tiling(16, 64, 4, 3, 2)
-    if largest > 128 and width == 128:
-        return Tiling(128, 64, 8, 3, 1, loose_n=64, loose_stages=2)
-    return Tiling(64, 64, 4, 3, 2)
+        if not (bulk and few):
+            return Tiling(16, 64, 4, 3, 2)
+        return Tiling(16, 128, 4, 3, 1, bulk=True) if long else Tiling(16, 64, 4, 2, 3, bulk=True)
+    if largest > 128 and width == 128 and (heavy or not bulk):
+        stages = 4 if bulk else 3
+        return Tiling(128, 64, 8, stages, 1, loose_n=64, loose_stages=2, bulk=bulk)
+    return Tiling(64, 64, 4, 3, 2, bulk=bulk)
 
 
 @functools.cache

@@ -38,7 +38,8 @@ PARENT = tl.constexpr(10)  # the item of the enclosing node, -1 for none
 ALONE = tl.constexpr(11)  # no other item has these rows
 SLOT0 = tl.constexpr(12)  # first piece
 WORKER0 = tl.constexpr(13)  # first worker
-SPAN = tl.constexpr(14)  # steps of a worker
+PIECES = tl.constexpr(14)  # of each column
+TAKES = tl.constexpr(15)  # columns of a worker, where they are not cut
 ITEM_FIELDS = tl.constexpr(16)
 
 # Columns of the worker table: its item, copied, so that one load finds all; then
@@ -75,7 +76,7 @@ class Tiling:
     loose_n: int = 32  # loose keys of a turn
     loose_stages: int = 1
     loose_steps: int = 2  # a tile of loose keys is as much work as so many dense ones
-    start_steps: int = 3  # so is beginning a column
+    start_steps: int = 4  # so is beginning a column
     bulk: bool = False  # tiles are copied by the copy engine of Hopper and later (TMA)
 
 

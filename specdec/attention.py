@@ -239,7 +239,9 @@ def _triton(
     if mode not in MODES:
         raise ValueError(f"mode: expected {', '.join(MODES)}, got {mode!r}")
     heads, kv_heads = query.shape[1], pages.keys.shape[2]
-    tiling, programs = tiles.choose(query, pages.keys, pages.values, plan.max_rows, plan.shared)
+    tiling, programs = tiles.choose(
+        query, pages.keys, pages.values, plan.max_rows, plan.max_prefix, plan.shared
+    )
     query = query if query.stride(2) == 1 else query.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
     schedule = plan.schedule(heads, kv_heads, window, mode, tiling, programs)

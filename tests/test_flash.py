@@ -5,6 +5,7 @@ The interpreter rounds bfloat16 products wrongly, so that dtype is tested on a G
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -359,13 +360,17 @@ def test_every_tiling_on_the_device(rows: int, dim: int, dtype: torch.dtype) -> 
     generator = torch.Generator().manual_seed(rows)
     parents = [-1, *(int(torch.randint(0, n, (), generator=generator)) for n in range(1, rows))]
     tree = TokenTree.from_lists([0] * rows, parents)
-    forks = [None, (0, 512), None]
-    for forked in (None, forks):
-        scene = Scene(
-            [700, 900, 63], [tree] * 3, forked,
-            heads=16, kv_heads=4, dim=dim, dtype=dtype, page_size=16,
-        )  # fmt: skip
-        scene.check(scene.run())
+    # Tiles of several pages, and tiles that the copy engine fetches; one request, and several.
+    cases: list[tuple[list[int], list[tuple[int, int] | None] | None]] = [
+        ([700, 900, 63], None), ([700, 900, 63], [None, (0, 512), None]), ([2900], None),
+    ]  # fmt: skip
+    for page_size in (16, 64):
+        for prefixes, forks in cases:
+            scene = Scene(
+                prefixes, [tree] * len(prefixes), forks,
+                heads=16, kv_heads=4, dim=dim, dtype=dtype, page_size=page_size,
+            )  # fmt: skip
+            scene.check(scene.run())
 
 
 @pytest.mark.gpu
@@ -407,14 +412,15 @@ def test_auto_is_triton_on_a_device() -> None:
 def test_tilings_fit_in_shared_memory(available: int, element: int) -> None:
     for width in (64, 128, 256, 512):
         for packed in (4, 64, 256):
-            tiling = tiles.fit(
-                tiles.wanted(packed, packed, width, element), width, element, available << 10
-            )
-            held = (tiling.block_m + 2 * tiling.stages * tiling.block_n) * width * element
-            assert tiling.ctas * held < available << 10
-            assert tiling.block_n >= 16
-            assert tiling.block_m >= 16
-            assert tiling.block_n % tiling.loose_n == 0
+            for flags in product([False, True], repeat=4):
+                options = dict(zip(("bulk", "few", "long", "heavy"), flags, strict=True))
+                wanted = tiles.wanted(packed, packed, width, element, **options)
+                tiling = tiles.fit(wanted, width, element, available << 10)
+                held = (tiling.block_m + 2 * tiling.stages * tiling.block_n) * width * element
+                assert tiling.ctas * held < available << 10
+                assert tiling.block_n >= 16
+                assert tiling.block_m >= 16
+                assert tiling.block_n % tiling.loose_n == 0
 
 
 def test_heads_that_cannot_fit_are_refused() -> None:

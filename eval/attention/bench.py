@@ -229,7 +229,7 @@ def partial_results(schedule: work.Schedule, kv_heads: int) -> int:
     """
     items = schedule.items.cpu().numpy()
     items = items[items[:, int(work.STEPS)] * items[:, int(work.BLOCKS)] > 0]
-    pieces = -(-items[:, int(work.STEPS)] // items[:, int(work.SPAN)])
+    pieces = items[:, int(work.PIECES)]
     whole = (pieces == 1) & (items[:, int(work.ALONE)] > 0)
     return int((pieces * items[:, int(work.BLOCKS)] * kv_heads)[~whole].sum())
 
