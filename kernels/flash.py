@@ -34,6 +34,7 @@ from specdec.kernels.worklist import (
     LOOSE,
     OWNER,
     PARENT,
+    PARTIALS,
     PIECES,
     PLACE_BITS,
     PLACE_MASK,
@@ -54,6 +55,9 @@ from specdec.kernels.worklist import (
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NEVER = tl.constexpr(float("-inf"))
+
+MERGE_PROGRAMS = 16
+"""Of the merge, for each multiprocessor, at most."""
 
 
 @triton.jit
@@ -131,6 +135,7 @@ def _merge_kernel(
     LSE,
     PART,
     STATES,
+    HEADER,
     ITEMS,
     ROW_TABLE,
     SINKS,
@@ -146,61 +151,65 @@ def _merge_kernel(
     MERGE_ROWS: tl.constexpr,
     MERGE_PIECES: tl.constexpr,
 ):
-    """Gathers the pieces of some (row, head) pairs, innermost item first, in order of keys."""
+    """Gathers the pieces of (row, head) pairs, innermost item first, in order of keys."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    index = tl.program_id(0) * MERGE_ROWS + tl.arange(0, MERGE_ROWS)
-    row, head = index // HQ, index % HQ
-    real = row < rows
-    at = ROW_TABLE + row * ITEM_FIELDS
-    inside = real
     dims = tl.arange(0, DVP)
     order = tl.arange(0, MERGE_PIECES)
-    acc = tl.zeros([MERGE_ROWS, DVP], tl.float32)
-    peak = tl.full([MERGE_ROWS], NEVER, tl.float32)
-    total = tl.zeros([MERGE_ROWS], tl.float32)
-    done = tl.zeros([MERGE_ROWS], tl.int1)
-    while tl.max(inside.to(tl.int32), 0) > 0:
-        steps = tl.load(at + STEPS, mask=inside, other=0)
-        packed = (row - tl.load(at + FIRST_ROW, mask=inside, other=0)) * G + head % G
-        column = head // G * tl.load(at + BLOCKS, mask=inside, other=0) + packed // BLOCK_M
-        count = tl.where(steps > 0, tl.load(at + PIECES, mask=inside, other=0), 0)
-        slot = tl.load(at + SLOT0, mask=inside, other=0) + column * count
-        alone = tl.load(at + ALONE, mask=inside, other=0)
-        done = done | ((alone > 0) & (count == 1))  # written by the only piece
-        count = tl.where(done, 0, count)
-        if PDL:  # the work list is older than the launch before; its partial results are not
-            tl.extra.cuda.gdc_wait()
-        for k in range(0, tl.max(count, 0), MERGE_PIECES):
-            have = (k + order)[None, :] < count[:, None]
-            place = (slot[:, None] + k + order[None, :]) * BLOCK_M + (packed % BLOCK_M)[:, None]
-            lse = tl.load(STATES + place * 2, mask=have, other=NEVER)
-            size = tl.load(STATES + place * 2 + 1, mask=have, other=0.0)
-            at_part = PART + place[:, :, None].to(tl.int64) * DV + dims[None, None, :]
-            mask = have[:, :, None] & (dims[None, None, :] < DV)
-            part = tl.load(at_part, mask=mask, other=0.0).to(tl.float32)
-            new = tl.maximum(peak, tl.max(lse, 1))
-            base = tl.where(new == NEVER, 0.0, new)
-            weight = tl.exp2(lse - base[:, None])
-            fade = tl.exp2(peak - base)
-            acc = acc * fade[:, None] + tl.sum(part * (weight * size)[:, :, None], 1)
-            total = total * fade + tl.sum(weight, 1)
-            peak = new
-        parent = tl.load(at + PARENT, mask=inside, other=-1)
-        at = ITEMS + parent * ITEM_FIELDS
-        inside = parent >= 0
-    write = real & (done == 0)
-    if HAS_LSE:
-        tl.store(LSE + index, (peak + tl.log2(total)) * LN2, mask=write)
-    if HAS_SINKS:
-        sink = tl.load(SINKS + head, mask=real, other=0.0).to(tl.float32) * LOG2E
-        new = tl.maximum(peak, sink)
-        fade = tl.exp2(peak - new)
-        total = total * fade + tl.exp2(sink - new)
-        acc = acc * fade[:, None]
-    out = acc / total[:, None]
-    at_out = OUT + index[:, None].to(tl.int64) * DV + dims[None, :]
-    tl.store(at_out, out.to(OUT.dtype.element_ty), mask=write[:, None] & (dims[None, :] < DV))
+    tiles = tl.where(tl.load(HEADER + PARTIALS) > 0, tl.cdiv(rows * HQ, MERGE_ROWS), 0)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        index = tile * MERGE_ROWS + tl.arange(0, MERGE_ROWS)
+        row, head = index // HQ, index % HQ
+        real = row < rows
+        at = ROW_TABLE + row * ITEM_FIELDS
+        inside = real
+        acc = tl.zeros([MERGE_ROWS, DVP], tl.float32)
+        peak = tl.full([MERGE_ROWS], NEVER, tl.float32)
+        total = tl.zeros([MERGE_ROWS], tl.float32)
+        done = tl.zeros([MERGE_ROWS], tl.int1)
+        while tl.max(inside.to(tl.int32), 0) > 0:
+            steps = tl.load(at + STEPS, mask=inside, other=0)
+            packed = (row - tl.load(at + FIRST_ROW, mask=inside, other=0)) * G + head % G
+            column = head // G * tl.load(at + BLOCKS, mask=inside, other=0) + packed // BLOCK_M
+            count = tl.where(steps > 0, tl.load(at + PIECES, mask=inside, other=0), 0)
+            slot = tl.load(at + SLOT0, mask=inside, other=0) + column * count
+            alone = tl.load(at + ALONE, mask=inside, other=0)
+            done = done | ((alone > 0) & (count == 1))  # written by the only piece
+            count = tl.where(done, 0, count)
+            if PDL:  # the work list is older than the launch before; its partial results are not
+                tl.extra.cuda.gdc_wait()
+            for k in range(0, tl.max(count, 0), MERGE_PIECES):
+                have = (k + order)[None, :] < count[:, None]
+                place = (slot[:, None] + k + order[None, :]) * BLOCK_M + (packed % BLOCK_M)[:, None]
+                lse = tl.load(STATES + place * 2, mask=have, other=NEVER)
+                size = tl.load(STATES + place * 2 + 1, mask=have, other=0.0)
+                at_part = PART + place[:, :, None].to(tl.int64) * DV + dims[None, None, :]
+                mask = have[:, :, None] & (dims[None, None, :] < DV)
+                part = tl.load(at_part, mask=mask, other=0.0).to(tl.float32)
+                new = tl.maximum(peak, tl.max(lse, 1))
+                base = tl.where(new == NEVER, 0.0, new)
+                weight = tl.exp2(lse - base[:, None])
+                fade = tl.exp2(peak - base)
+                acc = acc * fade[:, None] + tl.sum(part * (weight * size)[:, :, None], 1)
+                total = total * fade + tl.sum(weight, 1)
+                peak = new
+            parent = tl.load(at + PARENT, mask=inside, other=-1)
+            at = ITEMS + parent * ITEM_FIELDS
+            inside = parent >= 0
+        write = real & (done == 0)
+        if HAS_LSE:
+            tl.store(LSE + index, (peak + tl.log2(total)) * LN2, mask=write)
+        if HAS_SINKS:
+            sink = tl.load(SINKS + head, mask=real, other=0.0).to(tl.float32) * LOG2E
+            new = tl.maximum(peak, sink)
+            fade = tl.exp2(peak - new)
+            total = total * fade + tl.exp2(sink - new)
+            acc = acc * fade[:, None]
+        out = acc / total[:, None]
+        at_out = OUT + index[:, None].to(tl.int64) * DV + dims[None, :]
+        tl.store(at_out, out.to(OUT.dtype.element_ty), mask=write[:, None] & (dims[None, :] < DV))
+    if PDL:  # also programs without work, see `tree_attention`
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit(do_not_specialize=["table_width"])
@@ -457,8 +466,8 @@ def tree_attention(
     states = query.new_empty(schedule.slots, tiling.block_m, 2, dtype=torch.float32)
     # Dependent launch: a kernel starts while the one before ends, and waits where it needs it.
     # What that rests on: the work list must be complete by then, so its first user starts in the
-    # ordinary way; attention stores nothing before it waits; every program of the merge has a row,
-    # so it waits, and with it everything that comes later, such as the next layer's partials.
+    # ordinary way; attention stores nothing before it waits; every program of the merge waits, and
+    # with it everything that comes later, such as the next layer's partials.
     dependent = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0)
     early = dependent and schedule.used
     schedule.used = True
@@ -493,8 +502,13 @@ def tree_attention(
     merge_rows, pieces, warps = _merge_shape(rows * heads, schedule.programs // columns)
     if not query.is_cuda:
         merge_rows = 64  # the interpreter pays for programs, not for rows
-    _merge_kernel[(triton.cdiv(rows * heads, merge_rows),)](
-        out, nothing if lse is None else lse, part, states, schedule.items, schedule.rows,
+    programs = triton.cdiv(rows * heads, merge_rows)
+    if query.is_cuda:  # starting a program costs more than having it take another turn
+        processors = torch.cuda.get_device_properties(query.device).multi_processor_count
+        programs = min(programs, MERGE_PROGRAMS * processors)
+    _merge_kernel[(programs,)](
+        out, nothing if lse is None else lse, part, states,
+        schedule.header, schedule.items, schedule.rows,
         nothing if sinks is None else sinks, rows, **same,
         MERGE_ROWS=merge_rows, MERGE_PIECES=pieces,
         num_warps=warps, enable_fp_fusion=True,
@@ -518,4 +532,4 @@ def _merge_shape(results: int, pieces: int) -> tuple[int, int, int]:
         pieces: of a column, about.
     """
     rows = 4 if results >= 8192 else 1
-    return rows, min(32, max(8, triton.next_power_of_2(pieces))), rows
+    return rows, min(32, max(8 // rows, triton.next_power_of_2(pieces))), rows

@@ -33,6 +33,7 @@ from specdec.kernels.worklist import (
     NODE_CHUNK,
     OWNER,
     PARENT,
+    PARTIALS,
     PIECES,
     PLACE_BITS,
     PLACE_MASK,
@@ -332,7 +333,12 @@ def _items(
     leaf_workers = _workers(leaf_columns, leaf_pieces, leaf_takes)
     inner_worker0 = tl.cumsum(inner_workers, 0) - inner_workers
     leaf_worker0 = tl.sum(inner_workers, 0) + tl.cumsum(leaf_workers, 0) - leaf_workers
+    inner_alone = ((above < 0) & (absorbs > 0) & (leaves == 0)).to(tl.int32)
+    leaf_alone = (leaf_above < 0).to(tl.int32)
+    partials = tl.sum(tl.where((inner_pieces > 1) | (inner_alone == 0), inner_slots, 0), 0)
+    partials += tl.sum(tl.where((leaf_pieces > 1) | (leaf_alone == 0), leaf_slots, 0), 0)
     tl.store(HEADER + WORKERS, tl.sum(inner_workers, 0) + tl.sum(leaf_workers, 0))
+    tl.store(HEADER + PARTIALS, partials)
 
     at = ITEMS + k * ITEM_FIELDS
     tl.store(at + START, inner_start)
@@ -346,7 +352,7 @@ def _items(
     tl.store(at + KEY0, inner_key0)
     tl.store(at + LOOSE, inner_loose)
     tl.store(at + PARENT, above)
-    tl.store(at + ALONE, ((above < 0) & (absorbs > 0) & (leaves == 0)).to(tl.int32))
+    tl.store(at + ALONE, inner_alone)
     tl.store(at + SLOT0, inner_slot0)
     tl.store(at + WORKER0, inner_worker0)
     tl.store(at + PIECES, inner_pieces)
@@ -364,7 +370,7 @@ def _items(
     tl.store(at + KEY0, key0)
     tl.store(at + LOOSE, leaf_loose)
     tl.store(at + PARENT, leaf_above)
-    tl.store(at + ALONE, (leaf_above < 0).to(tl.int32))
+    tl.store(at + ALONE, leaf_alone)
     tl.store(at + SLOT0, leaf_slot0)
     tl.store(at + WORKER0, leaf_worker0)
     tl.store(at + PIECES, leaf_pieces)

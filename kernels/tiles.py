@@ -65,9 +65,10 @@ def choose(
         tiling = replace(tiling, block_n=most, loose_n=min(most, tiling.loose_n))
     tiling = fit(tiling, width, element, properties.shared_memory_per_multiprocessor)
     programs = processors * tiling.ctas
-    if tiling.block_m == 64 and few and (max_rows * groups <= 128 or max_prefix <= SHORT):
+    if tiling.block_m == 64 and few and (blocks == 1 or blocks * max_prefix <= 4 * SHORT):
         # Memory keeps up with fewer programs than there is room for. More of them make more partial
-        # results, and leave no room for the programs of the merge to wait beside them.
+        # results, and leave no room for the programs of the merge to wait beside them. Blocks that
+        # read the same keys are arithmetic sooner.
         programs = min(programs, processors * 4 // 3 if blocks == 1 else processors)
     return tiling, programs
 

@@ -51,6 +51,7 @@ WORKER_FIELDS = tl.constexpr(32)
 
 # Entries of the header.
 WORKERS = tl.constexpr(0)
+PARTIALS = tl.constexpr(1)  # pieces that leave a partial result
 
 # Modes, as the kernels know them: their places in `partition.MODES`.
 SEQUENCE_MODE, NODE, NODE_CHUNK, FLATTEN, TWO_PHASE, AUTO = (tl.constexpr(c) for c in range(6))

@@ -219,19 +219,7 @@ def partial_bytes(data: Data, mode: Mode) -> int:
     schedule = peers.schedule_of(data, mode)
     element = 4 if data.dtype == torch.float32 else 2
     row = data.case.dim * element + 2 * 4  # the result; its log-sum-exp and its scale
-    return partial_results(schedule, data.case.kv_heads) * schedule.tiling.block_m * row
-
-
-def partial_results(schedule: work.Schedule, kv_heads: int) -> int:
-    """How many pieces of columns leave a partial result.
-
-    One that is a whole column, of rows that no other item has, is a result already.
-    """
-    items = schedule.items.cpu().numpy()
-    items = items[items[:, int(work.STEPS)] * items[:, int(work.BLOCKS)] > 0]
-    pieces = items[:, int(work.PIECES)]
-    whole = (pieces == 1) & (items[:, int(work.ALONE)] > 0)
-    return int((pieces * items[:, int(work.BLOCKS)] * kv_heads)[~whole].sum())
+    return int(schedule.header[int(work.PARTIALS)]) * schedule.tiling.block_m * row
 
 
 def provenance(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
