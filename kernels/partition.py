@@ -238,8 +238,10 @@ def _cut(steps: int, columns: int, cost: int, start: int) -> tuple[int, int]:
 
     Pieces are of one size, except for the last, which is what is left: there are the loose keys.
     """
+    if not steps:
+        return 1, 1
     if steps + start > cost:
         pieces = -(-steps // max(1, cost - start))
         return -(-steps // -(-steps // pieces)), 1
     workers = -(-columns // (cost // (steps + start)))
-    return 1, -(-columns // max(1, workers)) or 1
+    return 1, -(-columns // workers)

@@ -22,7 +22,9 @@ TITLES = {
     "auto": "auto: even cuts, shared where blocks are saved, ends read together",
 }
 TILE = 8
-SHAPE = Shape(TILE, block_m=64, block_n=TILE, groups=1, kv_heads=1, programs=8, loose_steps=1)
+SHAPE = Shape(
+    TILE, block_m=64, block_n=TILE, groups=1, kv_heads=1, programs=8, loose_steps=1, start_steps=1
+)
 
 
 def example() -> list[Request]:
