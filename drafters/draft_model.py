@@ -31,6 +31,7 @@ class _Sequence:
 
     number: int  # in the draft model's own cache
     cached: int = 0  # known tokens that are committed there
+    text: Sequence[int] = ()  # what it holds, if others may begin with it
 
 
 @dataclass
@@ -80,7 +81,9 @@ class DraftModel(Drafter):
         self._drop()
         for sequence in sequences:
             if sequence in self._sequences:
-                self._target.cache.release(self._sequences.pop(sequence).number)
+                member = self._sequences.pop(sequence)
+                self._target.cache.remember(member.number, member.text)
+                self._target.cache.release(member.number)
 
     def propose(self, context: DraftContext, nodes: int) -> TreeBatch:
         self._check(context)
@@ -115,6 +118,7 @@ class DraftModel(Drafter):
     def _catch_up(self, context: DraftContext) -> Tensor:
         """Commits every known token, the root included; [B, V] logits behind the roots."""
         members = [self._sequences[sequence] for sequence in context.sequences]
+        self._reuse(context, members)
         top = self._target.vocab_size - 1
         missing = [
             # A token that only the target's padded head knows stands for the last one here.
@@ -132,6 +136,17 @@ class DraftModel(Drafter):
         for member, tokens in zip(members, context.tokens, strict=True):
             member.cached = len(tokens)
         return self._fit(logits, context)
+
+    def _reuse(self, context: DraftContext, members: Sequence[_Sequence]) -> None:
+        """Lets new sequences begin with what earlier ones computed, where the run allows it."""
+        if context.cache_keys is None:
+            return
+        weights = None if all(member.cached for member in members) else self._target.weights_state()
+        for member, tokens, key in zip(members, context.tokens, context.cache_keys, strict=True):
+            if not member.cached:
+                cache, number = self._target.cache, member.number
+                member.cached = cache.adopt(number, tokens[:-1], key=(key, weights))
+            member.text = tokens
 
     def _run_level(
         self, grown: _GrowingTrees, level: tuple[int, ...], lease: Speculation | None

@@ -88,7 +88,7 @@ class TreeKVCache:
         self._begin(member, self.prefixes.match(prompt, key))
         return member.number
 
-    def adopt(self, sequence: int, prompt: Sequence[int]) -> int:
+    def adopt(self, sequence: int, prompt: Sequence[int], *, key: Hashable = None) -> int:
         """What `admit` does with a prompt, for a sequence that is still empty.
 
         Returns:
@@ -98,8 +98,8 @@ class TreeKVCache:
         if member.bound or member.lease is not None:
             raise RuntimeError(f"sequence {sequence}: expected an empty one, it has tokens or rows")
         self.pool.free(member.pages)
-        member.pages = []
-        self._begin(member, self.prefixes.match(prompt, member.key))
+        member.pages, member.key = [], key
+        self._begin(member, self.prefixes.match(prompt, key))
         return member.bound
 
     def fork(self, sequence: int, length: int | None = None) -> int:
@@ -152,6 +152,7 @@ class TreeKVCache:
         if released.lease is not None:
             released.lease.rollback()
         self.pool.free(released.pages)
+        self.prefixes.trim()
         self.page_table[sequence] = TRASH_PAGE
         self.lengths[sequence] = 0
 
@@ -191,6 +192,14 @@ class TreeKVCache:
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.pool.page_size)
+
+    def reserve(self, sequences: Sequence[int], rows: Sequence[int]) -> None:
+        """Gives sequences room for rows behind their ends, all or none; nothing is leased yet.
+
+        Raises:
+            OutOfPages: nothing was reserved.
+        """
+        self._reserve([self._sequences[number] for number in sequences], rows)
 
     def speculate(self, sequences: Sequence[int], rows: Sequence[int]) -> Speculation:
         """Leases rows behind the committed end of some sequences, as a context manager.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ class DraftContext:
     sampler: Sampler  # the run's sampling options
     vocab_size: int
     device: torch.device  # where the trees must lie
+    cache_keys: tuple[Hashable, ...] | None = None  # who may share K and V; None: nobody
 
 
 @dataclass(frozen=True)

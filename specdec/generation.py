@@ -7,7 +7,7 @@ every option means what it means there, and one that is not supported is refused
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,9 @@ from transformers.generation.stopping_criteria import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from specdec.engine import Emission, Engine, Request
+from specdec.engine import Engine
 from specdec.noise import split_seeds
+from specdec.request import Emission, Request
 from specdec.sampling import Sampler
 from specdec.stats import GenerationStats
 from specdec.stopping import Stopping
@@ -159,7 +160,7 @@ class Call:
         first = eos[0] if isinstance(eos, list) else eos
         return 0 if first is None else int(first)
 
-    def requests(self, seed: int) -> list[Request]:
+    def requests(self, seed: int, cache_key: Hashable = None) -> list[Request]:
         """One request for each row, without its padding."""
         stopping = Stopping(self.input_ids, self.criteria)
         width = self.input_ids.shape[1]
@@ -170,7 +171,8 @@ class Call:
             mask = self.attention_mask
             padding = 0 if mask is None else int((mask[row] == 0).sum())
             text = self.input_ids[row, padding:].tolist()
-            requests.append(Request(text, new, row_seed, stopping.of_row(row)))
+            stops = stopping.of_row(row)
+            requests.append(Request(text, new, row_seed, stops, cache_key=cache_key))
         return requests
 
     def sequences(self, requests: Sequence[Request]) -> Tensor:

@@ -170,6 +170,10 @@ class PagePool:
         """Whether more than one owner holds the page."""
         return self._references[page] > 1
 
+    def references(self, page: int) -> int:
+        """How many owners hold the page."""
+        return self._references[page]
+
     def free(self, pages: Sequence[int]) -> None:
         """Drops one reference from each page; a page without references can be handed out again.
 

@@ -138,7 +138,7 @@ class PrefixTree:
                 node.pages += new
             else:
                 node.children[rest[:size]] = PrefixNode(rest, new, node, self._clock)
-        self._keep_budget()
+        self.trim()
         return len(new)
 
     def pin(self, tokens: Sequence[int], key: Hashable = None) -> Pin:
@@ -168,6 +168,13 @@ class PrefixTree:
         self._held -= freed
         self.evicted += freed
         return freed
+
+    def trim(self) -> None:
+        """Evicts what is beyond `max_bytes`, as far as it is not in use."""
+        if self.max_bytes is not None:
+            over = self._held - self.max_bytes // self.pool.page_bytes
+            if over > 0:
+                self.evict(over)
 
     def clear(self) -> None:
         """Forgets every text. Pages in use stay with their users."""
@@ -236,12 +243,6 @@ class PrefixTree:
         if parent.parent is None and not parent.children:
             self._roots = {key: root for key, root in self._roots.items() if root is not parent}
         return parent
-
-    def _keep_budget(self) -> None:
-        if self.max_bytes is not None:
-            over = self._held - self.max_bytes // self.pool.page_bytes
-            if over > 0:
-                self.evict(over)
 
 
 def _agreeing(ours: Tokens, theirs: Tokens, size: int) -> int:

@@ -49,7 +49,7 @@ class Speculation:
         self.open = True
         self._members = tuple(members)
         self._longest: tuple[int, ...] | None = None  # rows that the commit may have kept
-        self._chosen = False  # whether it may have kept fewer
+        self._chosen = 0  # how many of the sequences may have kept fewer
         self._sequence_index = upload(self.sequences, cache.device)
         for member in members:
             member.lease = self
@@ -146,15 +146,16 @@ class Speculation:
         Never waits for the device: the host's bound grows by the longest possible path.
 
         Args:
-            paths: [B, D] int64, leased rows from the top down, rising, -1 behind the last; None
-                to keep all rows, as for a chain.
+            paths: [B, D] int64, leased rows from the top down, rising, -1 behind the last. The
+                sequences behind the first B keep all their rows, as chains do; None for all.
         """
         self._check_open()
-        cache, index = self.cache, self._sequence_index
-        if paths is None:
-            cache.lengths[index] += upload(self.rows, cache.device)
-            longest: Sequence[int] = self.rows
-        else:
+        cache, chosen = self.cache, 0 if paths is None else len(paths)
+        index, whole = self._sequence_index[:chosen], self._sequence_index[chosen:]
+        longest = list(self.rows)
+        if chosen < len(self.rows):
+            cache.lengths[whole] += upload(self.rows[chosen:], cache.device)
+        if paths is not None:
             kept = paths >= 0
             base = cache.lengths[index][:, None]
             step = torch.arange(paths.shape[1], device=paths.device)
@@ -167,12 +168,12 @@ class Speculation:
             # By position, targets do not lie behind their sources, and sources rise.
             cache.pool.move(here.view(paths.shape), there.view(paths.shape))
             cache.lengths[index] += kept.sum(1)
-            longest = [min(rows, paths.shape[1]) for rows in self.rows]
+            longest[:chosen] = [min(rows, paths.shape[1]) for rows in self.rows[:chosen]]
         self._longest = tuple(longest)
-        for member, count in zip(self._members, longest, strict=True):
+        for place, (member, count) in enumerate(zip(self._members, longest, strict=True)):
             member.bound += count
-            member.unsettled += 0 if paths is None else count
-        self._chosen = paths is not None
+            member.unsettled += count if place < chosen else 0
+        self._chosen = chosen
         self._close()
 
     def settle(self, kept: Sequence[int]) -> None:
@@ -183,11 +184,12 @@ class Speculation:
         """
         if self._longest is None:
             raise RuntimeError("settle: expected once, after a commit")
-        for member, longest, rows in zip(self._members, self._longest, kept, strict=True):
+        members = enumerate(zip(self._members, self._longest, kept, strict=True))
+        for place, (member, longest, rows) in members:
             if not 0 <= rows <= longest:
                 raise ValueError(f"kept: expected 0 to {longest} rows, got {rows}")
             member.bound -= longest - rows
-            member.unsettled -= longest if self._chosen else 0
+            member.unsettled -= longest if place < self._chosen else 0
         self._longest = None
 
     def rollback(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,12 @@ FLUENT = {"apply", "eval", "requires_grad_", "to", "train", "type", "cpu", "cuda
 }
 """Methods of a module that return the module: on a wrapped model they return the wrapper."""
 
-OWN = frozenset({"drafter", "nodes", "rule", "_model", "_target", "_target_key", "_target_options"})
+OWN = frozenset({"drafter", "nodes", "rule", "prefix_cache"}) | {
+    "_model",
+    "_target",
+    "_target_key",
+    "_target_options",
+}
 
 
 def wrap(
@@ -53,6 +58,8 @@ def wrap(
     nodes: int | None = None,
     page_size: int = 16,
     max_pages: int | None = None,
+    prefix_cache: bool = True,
+    max_cached_bytes: int | None = None,
     backend: Backend = "auto",
 ) -> SpeculativeModel:
     """Makes a model's `generate()` speculative without changing what it generates.
@@ -68,6 +75,10 @@ def wrap(
             pass over more rows costs more; `specdec demo` shows how to choose.
         page_size: tokens in a page of the KV cache.
         max_pages: upper bound for the cache's pages; None to grow as needed.
+        prefix_cache: keep the K and V of texts that are over, so that a later one that begins alike
+            computes only the rest.
+        max_cached_bytes: for how much of that there is room, at most; by default a tenth of the
+            device's memory.
         backend: the backend of tree attention.
 
     Raises:
@@ -81,6 +92,8 @@ def wrap(
         nodes=nodes,
         page_size=page_size,
         max_pages=max_pages,
+        prefix_cache=prefix_cache,
+        max_cached_bytes=max_cached_bytes,
         backend=backend,
     )
 
@@ -88,12 +101,13 @@ def wrap(
 class SpeculativeModel:
     """A wrapped model: `generate` and `stream` are speculative, all else is the model's own.
 
-    `drafter`, `rule` and `nodes` may be changed between calls.
+    `drafter`, `rule`, `nodes` and `prefix_cache` may be changed between calls.
     """
 
     drafter: Drafter
     rule: str
     nodes: int
+    prefix_cache: bool
     _model: Any
     _target: Target | None
     _target_options: dict[str, Any]
@@ -106,9 +120,11 @@ class SpeculativeModel:
         *,
         rule: str,
         nodes: int | None,
+        prefix_cache: bool,
         **target_options: Any,
     ) -> None:
         self._model = model
+        self.prefix_cache = prefix_cache
         self._target_options = target_options
         self._target, self._target_key = None, None
         device = self._driven().device
@@ -142,6 +158,7 @@ class SpeculativeModel:
         seed: int | None = None,
         generator: torch.Generator | None = None,
         tokenizer: Any = None,
+        cache_key: Hashable = None,
         **options: Any,
     ) -> Tensor | SpeculativeOutput:
         """transformers' `generate()`, with its options, shapes, padding and return types.
@@ -154,6 +171,9 @@ class SpeculativeModel:
                 generator, so that `transformers.set_seed` works.
             generator: to draw the seed from.
             tokenizer: needed with `stop_strings`.
+            cache_key: only calls with equal keys reuse each other's prompts; give every tenant its
+                own, since how long a prompt takes tells whether somebody has sent it before
+                (InputSnatch, arXiv 2411.18191).
             options: everything else `generate()` takes: `attention_mask`, `max_new_tokens`,
                 `do_sample`, `temperature`, `top_k`, `top_p`, `eos_token_id`, `stop_strings`,
                 `num_return_sequences`, `return_dict_in_generate`, ...
@@ -169,7 +189,7 @@ class SpeculativeModel:
         call = self._prepare(
             inputs, generation_config, logits_processor, stopping_criteria, tokenizer, options
         )
-        return self._run(call, streamer, seed, generator)
+        return self._run(call, streamer, seed, generator, cache_key)
 
     def stream(
         self,
@@ -181,6 +201,7 @@ class SpeculativeModel:
         seed: int | None = None,
         generator: torch.Generator | None = None,
         tokenizer: Any = None,
+        cache_key: Hashable = None,
         **options: Any,
     ) -> Iterator[Step]:
         """Like `generate`, but yields every step: new tokens, drafted and accepted nodes by row.
@@ -192,7 +213,7 @@ class SpeculativeModel:
             inputs, generation_config, logits_processor, stopping_criteria, tokenizer, options
         )
         engine = self._engine(call)
-        return stream(engine, call.requests(_seed(call, seed, generator)))
+        return stream(engine, call.requests(_seed(call, seed, generator), cache_key))
 
     def _prepare(
         self,
@@ -226,7 +247,12 @@ class SpeculativeModel:
     def without_drafts(self) -> SpeculativeModel:
         """The same model in the same loop with an empty tree: the baseline to compare with."""
         return SpeculativeModel(
-            self._wrapped(), "none", rule="auto", nodes=1, **self._target_options
+            self._wrapped(),
+            "none",
+            rule="auto",
+            nodes=1,
+            prefix_cache=self.prefix_cache,
+            **self._target_options,
         )
 
     def _engine(self, call: Call) -> Engine:
@@ -238,7 +264,14 @@ class SpeculativeModel:
             )
         check_length(target.model, call.max_length)
         rule = select_rule(self.rule, self.drafter.law, do_sample=call.sampler.do_sample)
-        return Engine(target, self.drafter, rule, call.sampler, nodes=self.nodes)
+        return Engine(
+            target,
+            self.drafter,
+            rule,
+            call.sampler,
+            nodes=self.nodes,
+            prefix_cache=self.prefix_cache,
+        )
 
     def _run(
         self,
@@ -246,9 +279,11 @@ class SpeculativeModel:
         streamer: BaseStreamer | None,
         seed: int | None,
         generator: torch.Generator | None,
+        cache_key: Hashable,
     ) -> Tensor | SpeculativeOutput:
         engine = self._engine(call)
-        return run(call, engine, call.requests(_seed(call, seed, generator)), streamer)
+        requests = call.requests(_seed(call, seed, generator), cache_key)
+        return run(call, engine, requests, streamer)
 
     def unwrap(self) -> Any:
         """Frees the cache and returns the model that was wrapped."""
@@ -306,6 +341,7 @@ class Generate:
         tokenizer: Any = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
+        cache_key: Hashable = None,
         **wrap_options: Any,
     ) -> None:
         self._drafter = drafter
@@ -313,6 +349,7 @@ class Generate:
         self._criteria = stop_string_criteria(stop_strings, tokenizer)
         self._seed = seed
         self._generator = generator
+        self._cache_key = cache_key
         self._wrap_options = wrap_options
         self._wrapped: SpeculativeModel | None = None
 
@@ -325,6 +362,7 @@ class Generate:
         tokenizer: Any = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
+        cache_key: Hashable = None,
         **wrap_options: Any,
     ) -> Generate:
         """The same function with settings; `wrap_options` are those of `specdec.wrap`.
@@ -338,6 +376,7 @@ class Generate:
             tokenizer=tokenizer,
             seed=seed,
             generator=generator,
+            cache_key=cache_key,
             **wrap_options,
         )
 
@@ -363,7 +402,7 @@ class Generate:
             wrapped = wrap(model, self._drafter, **self._wrap_options)
         if self is not generate:
             self._wrapped = wrapped
-        return wrapped._run(call, self._streamer, self._seed, self._generator)
+        return wrapped._run(call, self._streamer, self._seed, self._generator, self._cache_key)
 
 
 generate = Generate()

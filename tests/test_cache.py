@@ -99,8 +99,10 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.model) < 5)
     @rule(prompt=texts, key=st.sampled_from("ab"), later=st.booleans())
     def admit(self, prompt: list[int], key: str, later: bool) -> None:
-        sequence = self.cache.admit(() if later else prompt, key=key)
-        known = self.cache.adopt(sequence, prompt) if later else self.cache.length_bound(sequence)
+        sequence = self.cache.admit() if later else self.cache.admit(prompt, key=key)
+        if later:
+            self.cache.adopt(sequence, prompt, key=key)
+        known = self.cache.length_bound(sequence)
         assert known % 2 == 0
         self.add(sequence, (key, tuple(prompt[:known])))
 

@@ -1,0 +1,182 @@
+"""Which requests run: admission by common prefix, prefill in pieces, preemption when pages run out.
+
+The order of service is the order of arrival. Nothing overtakes the oldest request: it is the first
+to be admitted and the last to be preempted, so every request ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from specdec.cache import TreeKVCache
+from specdec.request import Policy, Request
+from specdec.stats import GenerationStats
+from specdec.target import Target
+
+
+class Scheduler:
+    """The requests that wait and those that run, and the cache's pages between them.
+
+    Args:
+        target: the model and its cache.
+        policy: of requests that bring none.
+        stats: where prompts, reuse and preemptions are counted.
+        prefix_cache: whether what was computed for one request is used for others.
+        max_running: requests that run at once; None for as many as there is room for.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        policy: Policy,
+        stats: GenerationStats,
+        *,
+        prefix_cache: bool,
+        max_running: int | None,
+    ) -> None:
+        self.target = target
+        self.policy = policy
+        self.stats = stats
+        self.prefix_cache = prefix_cache
+        self.max_running = max_running
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        """In the depth-first order of their prefix tree, in which neighbours share most."""
+        self.crowded = False
+        """A request was preempted since the last one ended: letting others in would not last."""
+        self.changes = 0
+        """Grows whenever a request begins or ends to decode."""
+
+    @property
+    def cache(self) -> TreeKVCache:
+        return self.target.cache
+
+    def policy_of(self, request: Request) -> Policy:
+        return request.policy or self.policy
+
+    def admit(self) -> None:
+        """Lets waiting requests run: the oldest, then those that have most in common with it.
+
+        A request that begins like one whose prompt is still being computed waits for that, so that
+        nothing is computed twice.
+        """
+        if not self.waiting or (self.crowded and self.running):
+            return
+        weights = self.target.weights_state() if self.prefix_cache else None
+        head = min(self.waiting, key=lambda request: request.number)
+        order = sorted(self.waiting, key=lambda r: (-_common(head.tokens, r.tokens), r.number))
+        before = len(self.running)
+        for request in order:
+            if self.max_running is not None and len(self.running) >= self.max_running:
+                break
+            if self.running and not self._fits(request):
+                break
+            self._try(request, (request.cache_key, weights))
+        if len(self.running) > before:
+            self.running.sort(key=lambda request: (request.tokens, request.number))
+
+    def _fits(self, request: Request) -> bool:
+        """Whether there are pages for its text so far and one tree, if all that is cached goes."""
+        pool = self.cache.pool
+        if pool.max_pages is None:
+            return True
+        spare = pool.max_pages - pool.num_pages + pool.num_free
+        spare += self.cache.usage().cached // pool.page_bytes
+        ahead = sum(r.missing + self.policy_of(r).nodes for r in self.running)
+        need = len(request.tokens) + self.policy_of(request).nodes + ahead
+        return need <= spare * pool.page_size
+
+    def _try(self, request: Request, key: object) -> None:
+        """Starts a request, unless another one is about to compute what it begins with."""
+        cache, text = self.cache, request.tokens[:-1]
+        request.key = key
+        leader, common = self._leader(request) if self.prefix_cache else (None, 0)
+        known = len(cache.prefixes.match(text, key)) if self.prefix_cache else 0
+        known *= cache.pool.page_size
+        if leader is not None and common > known:
+            if leader.cached < common:
+                return
+            request.sequence = cache.fork(leader.sequence, common)
+        elif self.prefix_cache:
+            request.sequence = cache.admit(text, key=key)
+        else:
+            request.sequence = cache.admit()
+        request.cached = cache.length_bound(request.sequence)
+        self.waiting.remove(request)
+        self.running.append(request)
+        self.stats.reused_tokens += request.cached
+        self.changes += 1
+        self.policy_of(request).drafter.begin([request.number])
+
+    def _leader(self, request: Request) -> tuple[Request | None, int]:
+        """The running request with the most tokens in common, and how many before the root."""
+        size = self.cache.pool.page_size
+        best, most = None, 0
+        for other in self.running:
+            # Less than a page is computed as fast as it is copied.
+            if other.key != request.key or other.tokens[:size] != request.tokens[:size]:
+                continue
+            common = _common(other.tokens, request.tokens)
+            common = min(common, len(other.tokens) - 1, len(request.tokens) - 1)
+            if common > most:
+                best, most = other, common
+        return best, most
+
+    def pieces(self, room: int) -> list[tuple[Request, int]]:
+        """What to prefill in the next pass: the oldest requests, and how many tokens of each."""
+        pieces = []
+        prefilling = [request for request in self.running if request.missing]
+        for request in sorted(prefilling, key=lambda request: request.number):
+            count = min(request.missing, room)
+            if count:
+                pieces.append((request, count))
+                room -= count
+        return pieces
+
+    def prefilled(self, pieces: Sequence[tuple[Request, int]]) -> None:
+        """Notes what was prefilled; whole prompts are there for others from now on."""
+        for request, count in pieces:
+            request.cached += count
+            self.stats.prefilled_tokens += count
+            if not request.missing:
+                self.changes += 1
+                if self.prefix_cache:
+                    self.cache.remember(request.sequence, request.tokens)
+
+    def preempt(self) -> Request:
+        """Stops the youngest running request; it waits, and what it loses is computed again."""
+        victim = max(self.running, key=lambda request: request.number)
+        self.stop(victim)
+        self.waiting.append(victim)
+        self.crowded = True
+        self.stats.preemptions += 1
+        return victim
+
+    def finish(self, request: Request) -> None:
+        """Stops a request that is over, which makes room for others."""
+        self.stop(request)
+        self.crowded = False
+
+    def stop(self, request: Request) -> None:
+        """Gives a running request's pages back; full ones stay in the prefix tree."""
+        try:
+            self.policy_of(request).drafter.end([request.number])
+        finally:
+            if self.prefix_cache:
+                self.cache.remember(request.sequence, request.tokens)
+            self.cache.release(request.sequence)
+            self.running.remove(request)
+            request.sequence, request.cached = -1, 0
+            self.changes += 1
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # comparing slices is fast
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
