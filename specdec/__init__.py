@@ -6,6 +6,7 @@ model.generate(**inputs, max_new_tokens=200)
 
 from specdec import models
 from specdec.batch import TreeBatch
+from specdec.branching import Branch, logprobs, score
 from specdec.drafting import DraftContext, Drafter, NoDraft, Observation, SequenceDrafter
 from specdec.pages import OutOfPages
 from specdec.stats import GenerationStats
@@ -17,6 +18,7 @@ from specdec.wrap import SpeculativeModel, generate, wrap
 __version__ = "0.1.0"
 
 __all__ = [
+    "Branch",
     "DraftContext",
     "Drafter",
     "GenerationStats",
@@ -31,6 +33,8 @@ __all__ = [
     "TreeBatch",
     "UnsupportedModel",
     "generate",
+    "logprobs",
     "models",
+    "score",
     "wrap",
 ]

@@ -83,7 +83,7 @@ ALTERNATIVES = {
     "cache_implementation": "the paged tree cache takes the place of every other",
     "custom_generate": "call the unwrapped model with custom_generate",
     "inputs_embeds": "pass input_ids: trees are made of token ids",
-    "num_beams": "use do_sample with num_return_sequences",
+    "num_beams": "beams leave nothing to verify; search with branches, examples/beam_search.py",
     "output_attentions": "call the model itself on the generated sequences",
     "output_hidden_states": "call the model itself on the generated sequences",
     "output_logits": "call the model itself on the generated sequences",

@@ -47,6 +47,10 @@ class Request:
     stops: Callable[[Request], bool]
     policy: Policy | None = None
     cache_key: Hashable = None
+    origin: int | None = None
+    """A sequence of the cache that holds a beginning of it, if it does not have to be found."""
+    heir: Callable[[int], object] | None = None
+    """Is given its sequence when it is finished, which is released otherwise."""
     prompt_length: int = field(init=False)
     number: int = field(init=False, default_factory=count().__next__)
     """Never given twice, so that a drafter can serve several runs at once; rises with arrival."""

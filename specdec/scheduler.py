@@ -93,10 +93,13 @@ class Scheduler:
         leader, common = self._leader(request) if self.prefix_cache else (None, 0)
         known = len(cache.prefixes.match(text, key)) if self.prefix_cache else 0
         known *= cache.pool.page_size
-        if leader is not None and common > known:
+        given = 0 if request.origin is None else min(len(text), cache.length_bound(request.origin))
+        if leader is not None and common > max(known, given):
             if leader.cached < common:
                 return
             request.sequence = cache.fork(leader.sequence, common)
+        elif request.origin is not None and given >= known:
+            request.sequence = cache.fork(request.origin, given)
         elif self.prefix_cache:
             request.sequence = cache.admit(text, key=key)
         else:
@@ -164,7 +167,10 @@ class Scheduler:
         finally:
             if self.prefix_cache:
                 self.cache.remember(request.sequence, request.tokens)
-            self.cache.release(request.sequence)
+            if request.finished and request.heir is not None:
+                request.heir(request.sequence)
+            else:
+                self.cache.release(request.sequence)
             self.running.remove(request)
             request.sequence, request.cached = -1, 0
             self.changes += 1

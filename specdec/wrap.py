@@ -16,6 +16,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from specdec.attention import Backend
+from specdec.branching import Branch, grow
 from specdec.cache import TreeKVCache
 from specdec.drafting import Drafter
 from specdec.engine import Engine
@@ -24,6 +25,7 @@ from specdec.generation import (
     SpeculativeOutput,
     Step,
     prepare,
+    refuse,
     run,
     stop_string_criteria,
     stream,
@@ -214,6 +216,53 @@ class SpeculativeModel:
         )
         engine = self._engine(call)
         return stream(engine, call.requests(_seed(call, seed, generator), cache_key))
+
+    def branch(self, tokens: Sequence[int] | Tensor, *, cache_key: Hashable = None) -> Branch:
+        """A text that can be forked, extended, scored and pruned; see `extend` and `Branch`.
+
+        Args:
+            tokens: the ids of the prompt, [L] or [1, L].
+            cache_key: as in `generate`.
+        """
+        ids = torch.as_tensor(tokens)
+        if ids.ndim not in (1, 2) or (ids.ndim == 2 and len(ids) != 1):
+            raise ValueError(f"tokens: expected one prompt, [L] or [1, L], got {list(ids.shape)}")
+        target = self._driven()
+        with target.lock:
+            return Branch.plant(target, ids.flatten().tolist(), (cache_key, target.weights_state()))
+
+    def extend(
+        self,
+        branches: Sequence[Branch],
+        *,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> None:
+        """Lets branches go on, all together and speculatively; they hold the longer texts then.
+
+        Args:
+            branches: each at most once, of this model.
+            seed, generator, tokenizer, options: as in `generate`; every branch draws its own
+                tokens.
+        """
+        target = self._driven()
+        if any(branch._target is not target for branch in branches):
+            raise ValueError("branches: expected those of this model as it is now, got others")
+        if not branches or len({branch.sequence for branch in branches}) < len(branches):
+            raise ValueError(f"branches: expected each at most once, got {list(branches)}")
+        if options.get("num_return_sequences", 1) != 1:
+            raise refuse("num_return_sequences", options["num_return_sequences"])
+        width = max(len(branch.tokens) for branch in branches)
+        ids = torch.zeros(len(branches), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, branch in enumerate(branches):
+            ids[row, width - len(branch.tokens) :] = torch.tensor(branch.tokens)
+            mask[row, width - len(branch.tokens) :] = 1
+        options["attention_mask"] = mask.to(target.device)
+        call = self._prepare(ids.to(target.device), None, None, None, tokenizer, options)
+        grow(branches, call, self._engine(call), _seed(call, seed, generator))
 
     def _prepare(
         self,
