@@ -36,9 +36,8 @@ class _Sequence:
 
 @dataclass
 class _OpenDraft:
-    """The lease behind the trees of the last `propose`, until `observe` settles it."""
+    """The lease behind proposed trees, until `observe` settles it."""
 
-    sequences: tuple[int, ...]
     topology: Topology
     lease: Speculation | None
 
@@ -64,7 +63,7 @@ class DraftModel(Drafter):
     sampled: bool = False
     max_pages: int | None = None
     _sequences: dict[int, _Sequence] = field(default_factory=dict, init=False, repr=False)
-    _open: _OpenDraft | None = field(default=None, init=False, repr=False)
+    _open: dict[tuple[int, ...], _OpenDraft] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.law = ProposalLaw.IID if self.sampled else ProposalLaw.DETERMINISTIC
@@ -98,11 +97,11 @@ class DraftModel(Drafter):
             if inner:
                 members = [self._sequences[s].number for s in context.sequences]
                 lease = self._target.cache.speculate(members, [len(shape) - 1] * len(members))
-            self._open = _OpenDraft(context.sequences, shape, lease)
+            self._open[context.sequences] = _OpenDraft(shape, lease)
             for level in inner:
                 grown.add_children(level, self._run_level(grown, level, lease))
         else:
-            self._open = _OpenDraft(context.sequences, shape, None)
+            self._open[context.sequences] = _OpenDraft(shape, None)
         return grown.batch()
 
     def _check(self, context: DraftContext) -> None:
@@ -183,7 +182,7 @@ class DraftModel(Drafter):
 
     def observe(self, observation: Observation) -> None:
         """Keeps the accepted nodes that were run; the others are caught up in the next step."""
-        opened, self._open = self._open, None
+        opened = self._open.pop(observation.sequences, None)
         if opened is None or opened.lease is None:
             return
         kept = [
@@ -198,10 +197,11 @@ class DraftModel(Drafter):
             self._sequences[sequence].cached += len(path)
 
     def _drop(self) -> None:
-        """Rolls back a draft that was never observed."""
-        if self._open is not None and self._open.lease is not None and self._open.lease.open:
-            self._open.lease.rollback()
-        self._open = None
+        """Rolls back drafts that were never observed."""
+        for opened in self._open.values():
+            if opened.lease is not None and opened.lease.open:
+                opened.lease.rollback()
+        self._open.clear()
 
 
 class _GrowingTrees:

@@ -9,6 +9,7 @@ from specdec.batch import TreeBatch
 from specdec.branching import Branch, logprobs, score
 from specdec.drafting import DraftContext, Drafter, NoDraft, Observation, SequenceDrafter
 from specdec.pages import OutOfPages
+from specdec.serving import Handle, ServingEngine
 from specdec.stats import GenerationStats
 from specdec.support import UnsupportedModel
 from specdec.topology import Topology
@@ -22,11 +23,13 @@ __all__ = [
     "DraftContext",
     "Drafter",
     "GenerationStats",
+    "Handle",
     "NoDraft",
     "Observation",
     "OutOfPages",
     "ProposalLaw",
     "SequenceDrafter",
+    "ServingEngine",
     "SpeculativeModel",
     "TokenTree",
     "Topology",

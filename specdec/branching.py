@@ -39,8 +39,6 @@ class Branch:
     @classmethod
     def plant(cls, target: Target, tokens: Sequence[int], key: Hashable) -> Branch:
         """The first branch of a tree. `key` is what its tokens are cached under."""
-        if not tokens:
-            raise ValueError("tokens: expected a prompt of at least one token, got none")
         return cls(target, tokens, target.cache.admit(tokens[:-1], key=key), [])
 
     @property

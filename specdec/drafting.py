@@ -52,10 +52,13 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, context: DraftContext, nodes: int) -> TreeBatch:
-        """One tree of at most `nodes` nodes, the root included, for each sequence, in order."""
+        """One tree of at most `nodes` nodes, the root included, for each sequence, in order.
+
+        Sequences with other sampling options may be asked for before these are observed.
+        """
 
     def observe(self, observation: Observation) -> None:  # noqa: B027 - optional
-        """The target has verified the trees of the last `propose`."""
+        """The target has verified the trees last proposed for these sequences."""
 
     def end(self, sequences: Sequence[int]) -> None:  # noqa: B027 - optional
         """Sequences are over, finished or not; may name some that never began."""

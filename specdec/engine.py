@@ -17,16 +17,15 @@ from torch import Tensor
 from specdec.attention import AttentionPlan
 from specdec.batch import TreeBatch
 from specdec.bits import chain_words
-from specdec.drafting import DraftContext, Drafter, Observation
-from specdec.pages import OutOfPages
+from specdec.drafting import DraftContext, Observation
+from specdec.pages import OutOfPages, check_count
 from specdec.request import Emission, Policy, Request
-from specdec.sampling import Sampler
 from specdec.scheduler import Scheduler
 from specdec.speculation import Speculation
 from specdec.stats import GenerationStats, Stopwatch
 from specdec.target import Target
 from specdec.transfer import upload
-from specdec.verify import AcceptanceRule, Noise, Outcome
+from specdec.verify import Noise, Outcome
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Engine:
 
     Args:
         target: the model and its cache.
-        drafter, rule, sampler, nodes: the policy of requests that bring none; see `Policy`.
+        policy: of requests that bring none.
         step_tokens: rows of one pass, at most, if the trees alone are not more; prompts get what
             trees leave, and never less than a page.
         prefix_cache: use what was computed for one request for others that begin like it.
@@ -59,21 +58,21 @@ class Engine:
     def __init__(
         self,
         target: Target,
-        drafter: Drafter,
-        rule: AcceptanceRule,
-        sampler: Sampler,
+        policy: Policy,
         *,
-        nodes: int,
         step_tokens: int = 512,
         prefix_cache: bool = True,
         max_running: int | None = None,
     ) -> None:
+        check_count("step_tokens", step_tokens)
+        if max_running is not None:
+            check_count("max_running", max_running)
         self.target = target
         self.step_tokens = step_tokens
-        self.stats = GenerationStats(rule=rule.name)
+        self.stats = GenerationStats(rule=policy.rule.name)
         self.scheduler = Scheduler(
             target,
-            Policy(drafter, rule, sampler, nodes),
+            policy,
             self.stats,
             prefix_cache=prefix_cache,
             max_running=max_running,

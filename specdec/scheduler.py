@@ -1,7 +1,8 @@
 """Which requests run: admission by common prefix, prefill in pieces, preemption when pages run out.
 
-The order of service is the order of arrival. Nothing overtakes the oldest request: it is the first
-to be admitted and the last to be preempted, so every request ends.
+The order of service is the order of arrival, but requests that share pages with those that run go
+first, so that prefixes are used while they are there (BatchLLM, arXiv 2412.03594). That may happen
+to the oldest request `PATIENCE` times, and it is the last to be preempted, so every request ends.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from specdec.cache import TreeKVCache
 from specdec.request import Policy, Request
 from specdec.stats import GenerationStats
 from specdec.target import Target
+
+PATIENCE = 16
+"""Requests that may overtake the oldest one that waits."""
 
 
 class Scheduler:
@@ -44,6 +48,7 @@ class Scheduler:
         """In the depth-first order of their prefix tree, in which neighbours share most."""
         self.crowded = False
         """A request was preempted since the last one ended: letting others in would not last."""
+        self._overtaken = (-1, 0)  # the oldest that waits, and by how many
         self.changes = 0
         """Grows whenever a request begins or ends to decode."""
 
@@ -55,7 +60,7 @@ class Scheduler:
         return request.policy or self.policy
 
     def admit(self) -> None:
-        """Lets waiting requests run: the oldest, then those that have most in common with it.
+        """Lets waiting requests run: those first that have most in common with the oldest running.
 
         A request that begins like one whose prompt is still being computed waits for that, so that
         nothing is computed twice.
@@ -63,17 +68,30 @@ class Scheduler:
         if not self.waiting or (self.crowded and self.running):
             return
         weights = self.target.weights_state() if self.prefix_cache else None
+        size = self.cache.pool.page_size
         head = min(self.waiting, key=lambda request: request.number)
-        order = sorted(self.waiting, key=lambda r: (-_common(head.tokens, r.tokens), r.number))
-        before = len(self.running)
+        like = min(self.running, key=lambda request: request.number, default=head).tokens
+        patient = self._overtaken[1] if self._overtaken[0] == head.number else 0
+        order = sorted(
+            self.waiting,
+            key=lambda r: (
+                r is not head or patient < PATIENCE,
+                -(_common(like, r.tokens) // size),
+                r.number,
+            ),
+        )
+        before, about = len(self.running), 0
         for request in order:
-            if self.max_running is not None and len(self.running) >= self.max_running:
+            if self.max_running is not None and len(self.running) + about >= self.max_running:
                 break
             if self.running and not self._fits(request):
                 break
-            self._try(request, (request.cache_key, weights))
-        if len(self.running) > before:
+            if not self._start(request, (request.cache_key, weights)):
+                about += 1  # its place is kept
+        started = len(self.running) - before
+        if started:
             self.running.sort(key=lambda request: (request.tokens, request.number))
+            self._overtaken = (head.number, patient + started)
 
     def _fits(self, request: Request) -> bool:
         """Whether there are pages for its text so far and one tree, if all that is cached goes."""
@@ -86,7 +104,7 @@ class Scheduler:
         need = len(request.tokens) + self.policy_of(request).nodes + ahead
         return need <= spare * pool.page_size
 
-    def _try(self, request: Request, key: object) -> None:
+    def _start(self, request: Request, key: object) -> bool:
         """Starts a request, unless another one is about to compute what it begins with."""
         cache, text = self.cache, request.tokens[:-1]
         request.key = key
@@ -96,7 +114,7 @@ class Scheduler:
         given = 0 if request.origin is None else min(len(text), cache.length_bound(request.origin))
         if leader is not None and common > max(known, given):
             if leader.cached < common:
-                return
+                return False
             request.sequence = cache.fork(leader.sequence, common)
         elif request.origin is not None and given >= known:
             request.sequence = cache.fork(request.origin, given)
@@ -110,6 +128,7 @@ class Scheduler:
         self.stats.reused_tokens += request.cached
         self.changes += 1
         self.policy_of(request).drafter.begin([request.number])
+        return True
 
     def _leader(self, request: Request) -> tuple[Request | None, int]:
         """The running request with the most tokens in common, and how many before the root."""

@@ -31,6 +31,9 @@ from specdec.generation import (
     stream,
 )
 from specdec.pages import check_count
+from specdec.request import Policy, Request
+from specdec.sampling import Sampler
+from specdec.serving import ServingEngine
 from specdec.support import causal_model, check_length
 from specdec.target import Target
 from specdec.tree import MAX_NODES
@@ -224,12 +227,9 @@ class SpeculativeModel:
             tokens: the ids of the prompt, [L] or [1, L].
             cache_key: as in `generate`.
         """
-        ids = torch.as_tensor(tokens)
-        if ids.ndim not in (1, 2) or (ids.ndim == 2 and len(ids) != 1):
-            raise ValueError(f"tokens: expected one prompt, [L] or [1, L], got {list(ids.shape)}")
-        target = self._driven()
+        ids, target = _one_prompt(tokens).tolist(), self._driven()
         with target.lock:
-            return Branch.plant(target, ids.flatten().tolist(), (cache_key, target.weights_state()))
+            return Branch.plant(target, ids, (cache_key, target.weights_state()))
 
     def extend(
         self,
@@ -304,7 +304,49 @@ class SpeculativeModel:
             **self._target_options,
         )
 
-    def _engine(self, call: Call) -> Engine:
+    def engine(self, *, step_tokens: int = 512, max_running: int | None = None) -> ServingEngine:
+        """Continuous batching: requests are submitted one by one and share every pass.
+
+        Args:
+            step_tokens: rows of one pass, at most, if the trees alone are not more.
+            max_running: requests that run at once; None for as many as there is room for.
+        """
+        return ServingEngine(
+            self, step_tokens=step_tokens, max_running=max_running, prefix_cache=self.prefix_cache
+        )
+
+    def _request(
+        self,
+        tokens: Sequence[int] | Tensor,
+        *,
+        drafter: object,
+        rule: str | None,
+        nodes: int | None,
+        seed: int | None,
+        generator: torch.Generator | None,
+        tokenizer: Any,
+        cache_key: Hashable,
+        options: dict[str, Any],
+    ) -> tuple[Request, Policy]:
+        """One request from the options of `generate`, and how it is decoded."""
+        ids = _one_prompt(tokens).to(self._driven().device)[None]
+        for name in ("num_return_sequences", "attention_mask"):
+            if options.get(name) not in (None, 1):
+                raise refuse(name, options[name])
+        options = {**options, "attention_mask": torch.ones_like(ids)}
+        call = self._prepare(ids, None, None, None, tokenizer, options)
+        policy = self._policy(call, drafter, rule, nodes)
+        (request,) = call.requests(_seed(call, seed, generator), cache_key)
+        return request, policy
+
+    def _policy(
+        self,
+        call: Call,
+        drafter: object = None,
+        rule: str | None = None,
+        nodes: int | None = None,
+    ) -> Policy:
+        """How a call is decoded; what is not given is the model's."""
         target = self._driven()
         if target.model.training:
             raise RuntimeError(
@@ -312,15 +354,19 @@ class SpeculativeModel:
                 "call model.eval() first"
             )
         check_length(target.model, call.max_length)
-        rule = select_rule(self.rule, self.drafter.law, do_sample=call.sampler.do_sample)
-        return Engine(
-            target,
-            self.drafter,
-            rule,
-            call.sampler,
-            nodes=self.nodes,
-            prefix_cache=self.prefix_cache,
-        )
+        name = self.rule if rule is None else rule
+        chosen = self.drafter if drafter is None else _resolve_drafter(drafter, name)
+        if nodes is not None:
+            check_count("nodes", nodes, MAX_NODES)
+        accepts = select_rule(name, chosen.law, do_sample=call.sampler.do_sample)
+        return Policy(chosen, accepts, call.sampler, self.nodes if nodes is None else nodes)
+
+    def _greedy_policy(self) -> Policy:
+        rule = select_rule(self.rule, self.drafter.law, do_sample=False)
+        return Policy(self.drafter, rule, Sampler(), self.nodes)
+
+    def _engine(self, call: Call) -> Engine:
+        return Engine(self._driven(), self._policy(call), prefix_cache=self.prefix_cache)
 
     def _run(
         self,
@@ -456,6 +502,17 @@ class Generate:
 
 generate = Generate()
 """`model.generate(..., custom_generate=specdec.generate)`: n-gram trees; see `Generate.with_`."""
+
+
+def _one_prompt(tokens: Sequence[int] | Tensor) -> Tensor:
+    """[L] int64 from one prompt, [L] or [1, L]."""
+    ids = torch.as_tensor(tokens, dtype=torch.int64)
+    if ids.ndim not in (1, 2) or (ids.ndim == 2 and len(ids) != 1) or not ids.numel():
+        raise ValueError(
+            "tokens: expected one prompt of at least one token, [L] or [1, L], "
+            f"got {list(ids.shape)}"
+        )
+    return ids.flatten()
 
 
 def _seed(call: Call, seed: int | None, generator: torch.Generator | None) -> int:
