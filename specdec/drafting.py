@@ -11,6 +11,7 @@ from torch import Tensor
 
 from specdec.batch import TreeBatch
 from specdec.sampling import Sampler
+from specdec.transfer import upload
 from specdec.tree import ProposalLaw, TokenTree
 
 
@@ -89,8 +90,20 @@ class SequenceDrafter(Drafter):
         return TreeBatch.pack(trees, vocab_size=context.vocab_size, device=context.device)
 
 
-class NoDraft(SequenceDrafter):
+class NoDraft(Drafter):
     """Proposes nothing: plain decoding, the baseline, in the same loop."""
 
-    def draft(self, tokens: Sequence[int], nodes: int) -> TokenTree:
-        return TokenTree.root(tokens[-1])
+    def propose(self, context: DraftContext, nodes: int) -> TreeBatch:
+        roots = upload([tokens[-1] for tokens in context.tokens], context.device)
+        return TreeBatch(
+            tokens=roots,
+            parents=torch.full_like(roots, -1),
+            depths=torch.zeros_like(roots),
+            ancestors=torch.ones_like(roots, dtype=torch.int32)[:, None],
+            laws=torch.full_like(roots, ProposalLaw.DETERMINISTIC, dtype=torch.int8),
+            draft_probs=None,
+            sizes=(1,) * len(roots),
+            laws_used=frozenset({ProposalLaw.DETERMINISTIC}),
+            max_depth=0,
+            max_children=0,
+        )

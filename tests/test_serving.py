@@ -97,6 +97,17 @@ def test_batch_equals_single(
     nothing_left(model)
 
 
+@pytest.mark.slow
+def test_trees_and_pieces_of_prompts_share_a_pass_of_triton(hf_model: Any) -> None:
+    model = specdec.wrap(hf_model, "none", backend="triton")
+    trunk = random_text(17)
+    prompts = [[*trunk, 3, 4], [*trunk, 5], random_text(30)]
+    with model.engine(step_tokens=20) as engine:
+        handles = [engine.submit(p, max_new_tokens=3, do_sample=False) for p in prompts]
+        engine.run_all()
+    assert [handle.tokens for handle in handles] == [greedy(hf_model, p, 3) for p in prompts]
+
+
 def test_half_of_the_needed_pages_are_enough_with_preemption(hf_model: Any) -> None:
     prompts = [random_text(30) for _ in range(6)]
     need = 6 * -(-(30 + 40 + 4) // 16)
