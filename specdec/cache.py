@@ -115,7 +115,34 @@ class TreeKVCache:
             raise ValueError(f"length: expected 0 to {parent.bound} tokens, got {length}")
         child = self._open(parent.key)
         self._begin(child, parent.pages[: self._pages_for(length)], length)
+        child.left_out = parent.left_out
         return child.number
+
+    def view(self, sequence: int, pages: Sequence[int]) -> int:
+        """Opens a sequence that sees only some pages of another one, and returns its number.
+
+        For drafts that may be approximate. K and V stay where they are; to attention the view is a
+        shorter sequence with an ordinary page table, and its rows go on at the positions behind the
+        whole text. What is written in it is its own. A layer's sliding window is measured in the
+        keys that the view shows.
+
+        Args:
+            sequence: with no lease open and its last commit settled.
+            pages: which of its pages, rising; the one that holds its end is the last. `views` has
+                functions that choose them.
+        """
+        parent = self._settled(sequence)
+        count = self._pages_for(parent.bound)
+        if not count or list(pages) != sorted({*pages, count - 1}) or min(pages) < 0:
+            raise ValueError(
+                f"pages: expected some of 0 to {count - 1}, rising, the last one among them, "
+                f"got {list(pages)}"
+            )
+        left_out = (count - len(pages)) * self.pool.page_size
+        view = self._open(parent.key)
+        self._begin(view, [parent.pages[page] for page in pages], parent.bound - left_out)
+        view.left_out = parent.left_out + left_out
+        return view.number
 
     def prune(self, sequence: int, length: int) -> None:
         """Cuts a sequence back to its first tokens and gives back the pages behind them.
@@ -125,6 +152,7 @@ class TreeKVCache:
             length: how many tokens to keep.
         """
         member = self._settled(sequence)
+        self._refuse_view(member, "cut")
         if not 0 <= length <= member.bound:
             raise ValueError(f"length: expected 0 to {member.bound} tokens, got {length}")
         keep = self._pages_for(length)
@@ -142,6 +170,7 @@ class TreeKVCache:
             tokens: what it holds, from the beginning; may go on behind the committed end.
         """
         member = self._sequences[sequence]
+        self._refuse_view(member, "remembered")
         known = min(len(tokens), member.bound - member.unsettled)
         self.prefixes.insert(tokens, member.pages[: known // self.pool.page_size], member.key)
 
@@ -189,6 +218,13 @@ class TreeKVCache:
                 "or a cut"
             )
         return member
+
+    def _refuse_view(self, member: SequenceState, done: str) -> None:
+        if member.left_out:
+            raise ValueError(
+                f"sequence: {member.number} is a view, which cannot be {done}: "
+                f"it lacks {member.left_out} tokens"
+            )
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.pool.page_size)

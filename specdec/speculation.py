@@ -30,6 +30,7 @@ class SequenceState:
     pages: list[int] = field(default_factory=list)
     bound: int = 0  # of the committed length
     unsettled: int = 0  # rows of the bound that commits may not have kept
+    left_out: int = 0  # tokens that a view does not show: its positions are later by as many
     lease: Speculation | None = None
     released: bool = False
 
@@ -124,6 +125,11 @@ class Speculation:
             starts.append(len(owner))
         sequence = upload(owner, cache.device)
         prefix = cache.lengths[sequence]
+        positions = prefix + depths
+        if any(member.left_out for member in self._members):
+            shifts = [*(member.left_out for member in self._members), 0]
+            by_row = [s for s, count in zip(shifts, counts, strict=False) for _ in range(count)]
+            positions = positions + upload(by_row, cache.device)
         return AttentionPlan(
             page_table=cache.page_table,
             prefix_lens=cache.lengths,
@@ -133,7 +139,7 @@ class Speculation:
             nodes=nodes,
             ancestors=ancestors,
             slots=cache.slots(sequence, prefix + nodes),
-            positions=prefix + depths,
+            positions=positions,
             max_rows=max(counts),
             max_places=sum(self.rows) + fill,
             max_prefix=max(member.bound for member in self._members),
