@@ -9,35 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
-from specdec.attention import AttentionPlan
 from specdec.batch import TreeBatch
-from specdec.bits import chain_words
 from specdec.drafting import DraftContext, Observation
+from specdec.load import Lane, Load, Verdict, read, stacked
 from specdec.pages import OutOfPages, check_count
 from specdec.request import Emission, Policy, Request
 from specdec.scheduler import Scheduler
-from specdec.speculation import Speculation
 from specdec.stats import GenerationStats, Stopwatch
 from specdec.target import Target
 from specdec.transfer import upload
 from specdec.verify import Noise, Outcome
-
-
-@dataclass(frozen=True)
-class _Lane:
-    """The decoding requests of one policy, as arrays; rebuilt when they change."""
-
-    policy: Policy
-    requests: tuple[Request, ...]
-    numbers: tuple[int, ...]
-    sequences: tuple[int, ...]
-    seeds: Tensor  # [B] int64
-    last_positions: Tensor  # [B] int64
 
 
 class Engine:
@@ -78,7 +64,7 @@ class Engine:
             max_running=max_running,
         )
         self._watch = Stopwatch(target.device, self.stats.seconds)
-        self._lanes: list[_Lane] = []
+        self._lanes: list[Lane] = []
         self._lanes_of = -1  # the scheduler's changes that they were made after
 
     def add(self, request: Request) -> None:
@@ -158,56 +144,44 @@ class Engine:
             self.stats.bytes[owner] = max(self.stats.bytes.get(owner, 0), count)
 
     def _pass(self) -> list[Emission]:
-        pieces = self._make_room()
-        lanes = self._current_lanes()
-        proposals = []
-        for lane in lanes:
+        pieces, lanes = self._make_room(), self._current_lanes()
+        try:
             with self._watch.phase("draft"):
-                try:
-                    proposals.append(self._propose(lane))
-                except OutOfPages as error:  # of the drafter's own cache
-                    self._begin_again(lane, error)
-                    return []
+                proposals = [self._propose(lane) for lane in lanes]
+        except OutOfPages as error:  # of a drafter's own cache
+            self._begin_again(lanes, error)
+            return []
         if not lanes and not pieces:
             return []
-        sequences = [number for lane in lanes for number in lane.sequences]
-        sequences += [request.sequence for request, _ in pieces]
-        rows = [size for trees in proposals for size in trees.sizes]
-        rows += [count for _, count in pieces]
-        with self.target.cache.speculate(sequences, rows) as lease:
+        load = Load(lanes, proposals, pieces)
+        with self.target.cache.speculate(load.sequences, load.rows) as lease:
             starts = lease.lengths
-            plan = self._plan(lease, lanes, proposals, pieces)
-            trees_rows = sum(len(trees.tokens) for trees in proposals)
-            tokens = [trees.tokens for trees in proposals]
-            texts = [r.tokens[r.cached : r.cached + count] for r, count in pieces]
-            if texts:
-                tokens.append(upload([t for text in texts for t in text], self.target.device))
-            keep: int | Tensor = 0 if not texts else 1
-            if texts and lanes:
-                keep = torch.arange(trees_rows, device=self.target.device)
+            plan = load.plan(lease)
             with self._watch.phase("forward" if lanes else "prefill"):
-                logits = self.target.forward(torch.cat(tokens), plan, keep=keep)
-            outcomes, first, line = [], 0, 0
+                logits = self.target.forward(load.tokens(plan.slots.device), plan, keep=load.keep)
             with self._watch.phase("accept"):
-                for lane, trees in zip(lanes, proposals, strict=True):
-                    here = logits[first : first + len(trees.tokens)]
-                    roots = starts[line : line + len(lane.requests)]
-                    policy = lane.policy
-                    scores = policy.sampler.probs(here) if policy.rule.samples else here
-                    noise = Noise(lane.seeds, roots + 1)
-                    outcomes.append(policy.rule.verify(trees, scores, noise))
-                    first, line = first + len(trees.tokens), line + len(lane.requests)
+                outcomes = self._verify(load, logits, starts)
             with self._watch.phase("commit"):
-                lease.commit(_stacked([outcome.paths for outcome in outcomes]))
-        kept, emissions = [], []
-        for lane, trees, outcome in zip(lanes, proposals, outcomes, strict=True):
-            paths, tokens_, continued = _read(trees, outcome)
-            self._check_outcome(lane, paths, tokens_)
-            kept += [len(path) for path in paths]
-            emissions.append((lane, trees, paths, tokens_, continued))
+                lease.commit(stacked([outcome.paths for outcome in outcomes]))
+        decided = [read(*pair) for pair in zip(proposals, outcomes, strict=True)]
+        for lane, verdict in zip(lanes, decided, strict=True):
+            self._check_outcome(lane, verdict.paths, verdict.tokens)
+        kept = [len(path) for verdict in decided for path in verdict.paths]
         lease.settle([*kept, *(count for _, count in pieces)])
         self.scheduler.prefilled(pieces)
-        return [emission for parts in emissions for emission in self._emit(*parts)]
+        parts = zip(lanes, proposals, decided, strict=True)
+        return [emission for part in parts for emission in self._emit(*part)]
+
+    def _verify(self, load: Load, logits: Tensor, starts: Tensor) -> list[Outcome]:
+        """What the rule of each lane keeps of its trees; the lanes' rows come first, in order."""
+        outcomes, row, line = [], 0, 0
+        for lane, trees in zip(load.lanes, load.proposals, strict=True):
+            here, roots = logits[row:][: len(trees.tokens)], starts[line:][: len(lane.requests)]
+            policy = lane.policy
+            scores = policy.sampler.probs(here) if policy.rule.samples else here
+            outcomes.append(policy.rule.verify(trees, scores, Noise(lane.seeds, roots + 1)))
+            row, line = row + len(here), line + len(roots)
+        return outcomes
 
     def _make_room(self) -> list[tuple[Request, int]]:
         """Pages for the largest trees and the next pieces of prompts, by preempting if need be."""
@@ -236,15 +210,15 @@ class Engine:
             self.stats.preemptions -= 1
             request.error = error
 
-    def _begin_again(self, lane: _Lane, error: OutOfPages) -> None:
-        """Preempts after the drafter ran out of pages, half-way through a proposal."""
-        for request in lane.requests:
-            lane.policy.drafter.end([request.number])
-        for request in lane.requests:
-            lane.policy.drafter.begin([request.number])
+    def _begin_again(self, lanes: Sequence[Lane], error: OutOfPages) -> None:
+        """Preempts after a drafter ran out of pages, half-way through a proposal."""
+        for lane in lanes:
+            lane.policy.drafter.end(lane.numbers)
+        for lane in lanes:
+            lane.policy.drafter.begin(lane.numbers)
         self._preempt(error)
 
-    def _current_lanes(self) -> list[_Lane]:
+    def _current_lanes(self) -> list[Lane]:
         scheduler = self.scheduler
         if self._lanes_of != scheduler.changes:
             members: dict[int, list[Request]] = {}
@@ -255,9 +229,9 @@ class Engine:
             self._lanes_of = scheduler.changes
         return self._lanes
 
-    def _lane(self, requests: list[Request]) -> _Lane:
+    def _lane(self, requests: list[Request]) -> Lane:
         device = self.target.device
-        return _Lane(
+        return Lane(
             self.scheduler.policy_of(requests[0]),
             tuple(requests),
             tuple(request.number for request in requests),
@@ -266,7 +240,7 @@ class Engine:
             upload([request.max_length - 1 for request in requests], device),
         )
 
-    def _propose(self, lane: _Lane) -> TreeBatch:
+    def _propose(self, lane: Lane) -> TreeBatch:
         keys = tuple(request.cache_key for request in lane.requests)
         context = DraftContext(
             sequences=lane.numbers,
@@ -282,48 +256,16 @@ class Engine:
         self._check(lane.policy, trees, len(lane.requests))
         return trees
 
-    def _plan(
-        self,
-        lease: Speculation,
-        lanes: Sequence[_Lane],
-        proposals: Sequence[TreeBatch],
-        pieces: Sequence[tuple[Request, int]],
-    ) -> AttentionPlan:
-        """Trees first, then pieces of prompts, which are chains."""
-        if not lanes:
-            return lease.plan_chains()
-        device = self.target.device
-        chains = [torch.arange(count) for _, count in pieces]
-        nodes = [trees.nodes for trees in proposals]
-        depths = [trees.depths for trees in proposals]
-        words = [trees.ancestors for trees in proposals]
-        lasts = [lane.last_positions[t.tree] for lane, t in zip(lanes, proposals, strict=True)]
-        if pieces:
-            places = upload(torch.cat(chains), device)
-            nodes.append(places)
-            depths.append(places)
-            words.append(chain_words(places, max(count for _, count in pieces)))
-            ends = [request.max_length for request, count in pieces for _ in range(count)]
-            lasts.append(upload(ends, device))
-        width = max(word.shape[1] for word in words)
-        if len(words) > 1:
-            width = 1 << (width - 1).bit_length()  # few widths: kernels are compiled for each
-        padded = [torch.nn.functional.pad(word, (0, width - word.shape[1])) for word in words]
-        plan = lease.plan(lease.rows, torch.cat(nodes), torch.cat(depths), torch.cat(padded))
-        # Nodes behind the last position a request may fill cannot matter.
-        return plan.held(torch.cat(lasts))
-
     def _emit(
         self,
-        lane: _Lane,
+        lane: Lane,
         trees: TreeBatch,
-        paths: Sequence[tuple[int, ...]],
-        tokens: Sequence[tuple[int, ...]],
-        continued: Sequence[bool],
+        verdict: Verdict,
     ) -> list[Emission]:
         """Tells the drafter and the requests what became of their trees."""
-        new = tuple(line[1:] for line in tokens)
-        lane.policy.drafter.observe(Observation(lane.numbers, trees, tuple(paths), new))
+        paths, continued = verdict.paths, verdict.continued
+        new = tuple(line[1:] for line in verdict.tokens)
+        lane.policy.drafter.observe(Observation(lane.numbers, trees, paths, new))
         emissions = []
         for index, request in enumerate(lane.requests):
             request.cached += len(paths[index])
@@ -362,7 +304,7 @@ class Engine:
 
     def _check_outcome(
         self,
-        lane: _Lane,
+        lane: Lane,
         paths: Sequence[Sequence[int]],
         tokens: Sequence[Sequence[int]],
     ) -> None:
@@ -381,40 +323,3 @@ class Engine:
                     "accepted nodes; its logits hold NaN or infinity, or the sampling options "
                     "leave no token"
                 )
-
-
-def _read(
-    trees: TreeBatch, outcome: Outcome
-) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...], list[bool]]:
-    """Brings an outcome to the host: one copy, the only time a step waits for the device.
-
-    Returns for each tree the nodes of its path, their tokens and the next token, and whether the
-    last node had children. Paths and tokens begin with the root.
-    """
-    rows = trees.offsets[:, None] + outcome.paths.clamp_min(0)
-    packed = torch.cat(
-        [
-            outcome.paths,
-            trees.tokens[rows],
-            outcome.next_tokens[:, None],
-            outcome.continued[:, None].long(),
-        ],
-        dim=1,
-    )
-    width = outcome.paths.shape[1]
-    paths, tokens, continued = [], [], []
-    for line in packed.tolist():
-        path = tuple(node for node in line[:width] if node >= 0)
-        paths.append(path)
-        tokens.append((*line[width : width + len(path)], line[2 * width]))
-        continued.append(bool(line[2 * width + 1]))
-    return tuple(paths), tuple(tokens), continued
-
-
-def _stacked(paths: Sequence[Tensor]) -> Tensor | None:
-    """[B, D] paths of several lanes under each other, -1 behind the last."""
-    if not paths:
-        return None
-    width = max(path.shape[1] for path in paths)
-    pad = torch.nn.functional.pad
-    return torch.cat([pad(path, (0, width - path.shape[1]), value=-1) for path in paths])

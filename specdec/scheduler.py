@@ -47,7 +47,9 @@ class Scheduler:
         self.running: list[Request] = []
         """In the depth-first order of their prefix tree, in which neighbours share most."""
         self.crowded = False
-        """A request was preempted since the last one ended: letting others in would not last."""
+        """Pages ran out since the last request ended: letting others in would not last."""
+        self._prefilling: list[Request] = []
+        self._prefilling_of = -1  # the changes after which they were found
         self._overtaken = (-1, 0)  # the oldest that waits, and by how many
         self.changes = 0
         """Grows whenever a request begins or ends to decode."""
@@ -65,7 +67,7 @@ class Scheduler:
         A request that begins like one whose prompt is still being computed waits for that, so that
         nothing is computed twice.
         """
-        if not self.waiting or (self.crowded and self.running):
+        if not self.waiting or (self.running and (self.crowded or self._full(0))):
             return
         weights = self.target.weights_state() if self.prefix_cache else None
         size = self.cache.pool.page_size
@@ -82,9 +84,10 @@ class Scheduler:
         )
         before, about = len(self.running), 0
         for request in order:
-            if self.max_running is not None and len(self.running) + about >= self.max_running:
+            if self._full(about):
                 break
             if self.running and not self._fits(request):
+                self.crowded = True
                 break
             if not self._start(request, (request.cache_key, weights)):
                 about += 1  # its place is kept
@@ -92,6 +95,10 @@ class Scheduler:
         if started:
             self.running.sort(key=lambda request: (request.tokens, request.number))
             self._overtaken = (head.number, patient + started)
+
+    def _full(self, about: int) -> bool:
+        """Whether no more may run, if so many are about to."""
+        return self.max_running is not None and len(self.running) + about >= self.max_running
 
     def _fits(self, request: Request) -> bool:
         """Whether there are pages for its text so far and one tree, if all that is cached goes."""
@@ -146,9 +153,12 @@ class Scheduler:
 
     def pieces(self, room: int) -> list[tuple[Request, int]]:
         """What to prefill in the next pass: the oldest requests, and how many tokens of each."""
+        if self._prefilling_of != self.changes:
+            prefilling = [request for request in self.running if request.missing]
+            self._prefilling = sorted(prefilling, key=lambda request: request.number)
+            self._prefilling_of = self.changes
         pieces = []
-        prefilling = [request for request in self.running if request.missing]
-        for request in sorted(prefilling, key=lambda request: request.number):
+        for request in self._prefilling:
             count = min(request.missing, room)
             if count:
                 pieces.append((request, count))
