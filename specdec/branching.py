@@ -27,19 +27,27 @@ class Branch:
     """
 
     def __init__(
-        self, target: Target, tokens: Sequence[int], sequence: int, family: list[Branch]
+        self,
+        target: Target,
+        tokens: Sequence[int],
+        sequence: int,
+        key: tuple[Hashable, Hashable],
+        family: list[Branch],
     ) -> None:
         self.tokens = list(tokens)
         """The whole text, the prompt included."""
+        self.cache_key, self._weights = key
         self._target = target
         self._sequence = sequence
         self._family = family
         family.append(self)
 
     @classmethod
-    def plant(cls, target: Target, tokens: Sequence[int], key: Hashable) -> Branch:
-        """The first branch of a tree. `key` is what its tokens are cached under."""
-        return cls(target, tokens, target.cache.admit(tokens[:-1], key=key), [])
+    def plant(cls, target: Target, tokens: Sequence[int], cache_key: Hashable) -> Branch:
+        """The first branch of a tree; it begins with what is cached under the key."""
+        with turn(target):
+            key = (cache_key, target.weights_state())
+            return cls(target, tokens, target.cache.admit(tokens[:-1], key=key), key, [])
 
     @property
     def alive(self) -> bool:
@@ -64,10 +72,12 @@ class Branch:
 
     def fork(self, count: int = 1) -> list[Branch]:
         """More texts that begin like this one. What it lacks in the cache is computed first."""
-        with _turn(self._target):
-            self._compute(len(self.tokens) - 1)
-            numbers = [self._target.cache.fork(self.sequence) for _ in range(count)]
-        return [Branch(self._target, self.tokens, number, self._family) for number in numbers]
+        target, key = self._target, (self.cache_key, self._weights)
+        with turn(target):
+            check_weights([self])
+            self._compute()
+            numbers = [target.cache.fork(self.sequence) for _ in range(count)]
+        return [Branch(target, self.tokens, number, key, self._family) for number in numbers]
 
     def append(self, tokens: Sequence[int]) -> Branch:
         """Goes on with given tokens, which are computed when they are needed; returns itself."""
@@ -78,7 +88,7 @@ class Branch:
     def prune(self) -> None:
         """Gives its pages back, but for those that others use. Branches forked from it go on."""
         if self.alive:
-            with _turn(self._target):
+            with turn(self._target):
                 self._target.cache.release(self._sequence)
             self._sequence = -1
             self._family.remove(self)
@@ -95,11 +105,11 @@ class Branch:
         cache.release(self.sequence)
         self.tokens, self._sequence = list(tokens), sequence
 
-    def _compute(self, length: int) -> None:
-        """Brings the first `length` tokens into the cache, and no more than all but the last."""
+    def _compute(self) -> None:
+        """Brings all tokens but the last into the cache."""
         if self.cached > len(self.tokens) - 1:
             self._target.cache.prune(self.sequence, len(self.tokens) - 1)
-        missing = upload(self.tokens[self.cached : length], self._target.device)
+        missing = upload(self.tokens[self.cached : -1], self._target.device)
         self._target.prefill([self.sequence], [missing])
 
     def __enter__(self) -> Branch:
@@ -124,7 +134,7 @@ def grow(branches: Sequence[Branch], call: Call, engine: Engine, seed: int) -> N
     requests = call.requests(seed)
     for branch, request in zip(branches, requests, strict=True):
         request.tokens = list(branch.tokens)
-        request.origin = branch.sequence
+        request.origin, request.cache_key = branch.sequence, branch.cache_key
     ends: dict[int, int] = {}
     for request in requests:
         request.heir = lambda sequence, number=request.number: ends.setdefault(number, sequence)
@@ -149,10 +159,11 @@ def score(branches: Sequence[Branch], continuations: Sequence[Sequence[int]]) ->
     if any(not len(tokens) for tokens in continuations):
         raise ValueError("continuations: expected at least one token each, got none")
     scores = []
-    with _turn(branches[0]._target):
+    with turn(branches[0]._target):
         target = branches[0]._target
+        check_weights(branches)
         for branch in branches:
-            branch._compute(len(branch.tokens) - 1)
+            branch._compute()
         for group in _groups([len(tokens) for tokens in continuations]):
             members = [branches[index] for index in group]
             answers = [list(continuations[index]) for index in group]
@@ -176,10 +187,11 @@ def logprobs(branches: Sequence[Branch]) -> Tensor:
     Args:
         branches: each at most once.
     """
-    with _turn(branches[0]._target):
+    with turn(branches[0]._target):
         target = branches[0]._target
+        check_weights(branches)
         for branch in branches:
-            branch._compute(len(branch.tokens) - 1)
+            branch._compute()
         with target.cache.speculate([b.sequence for b in branches], [1] * len(branches)) as lease:
             tokens = upload([branch.tokens[-1] for branch in branches], target.device)
             logits = target.forward(tokens, lease.plan_chains())
@@ -187,8 +199,22 @@ def logprobs(branches: Sequence[Branch]) -> Tensor:
     return logits.float().log_softmax(-1)
 
 
+def check_weights(branches: Sequence[Branch]) -> None:
+    """Refuses branches that were computed with other weights than the model has now.
+
+    Raises:
+        RuntimeError: some were.
+    """
+    now = branches[0]._target.weights_state()
+    if any(branch._weights != now for branch in branches):
+        raise RuntimeError(
+            "the model's weights or its active adapters have changed since this branch was made; "
+            "make a new one with model.branch(branch.tokens)"
+        )
+
+
 @contextmanager
-def _turn(target: Target) -> Iterator[None]:
+def turn(target: Target) -> Iterator[None]:
     with target.lock, torch.inference_mode(False), torch.no_grad():
         yield
 

@@ -145,16 +145,17 @@ class Engine:
 
     def _pass(self) -> list[Emission]:
         pieces, lanes = self._make_room(), self._current_lanes()
+        if not lanes and not pieces:
+            return []
         try:
             with self._watch.phase("draft"):
                 proposals = [self._propose(lane) for lane in lanes]
-        except OutOfPages as error:  # of a drafter's own cache
+            load = Load(lanes, proposals, pieces)
+            leased = self.target.cache.speculate(load.sequences, load.rows)
+        except OutOfPages as error:  # of a drafter's own cache, or trees deeper than was asked for
             self._begin_again(lanes, error)
             return []
-        if not lanes and not pieces:
-            return []
-        load = Load(lanes, proposals, pieces)
-        with self.target.cache.speculate(load.sequences, load.rows) as lease:
+        with leased as lease:
             starts = lease.lengths
             plan = load.plan(lease)
             with self._watch.phase("forward" if lanes else "prefill"):
@@ -191,7 +192,11 @@ class Engine:
             trees = sum(lane.policy.nodes * len(lane.requests) for lane in lanes)
             pieces = scheduler.pieces(max(self.step_tokens - trees, cache.pool.page_size))
             sequences = [number for lane in lanes for number in lane.sequences]
-            rows = [lane.policy.nodes for lane in lanes for _ in lane.sequences]
+            rows = [  # one that ends with its next token needs no drafts
+                lane.policy.nodes if len(request.tokens) + 1 < request.max_length else 1
+                for lane in lanes
+                for request in lane.requests
+            ]
             try:
                 cache.reserve(
                     [*sequences, *(request.sequence for request, _ in pieces)],

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from specdec.attention import Backend
-from specdec.branching import Branch, grow
+from specdec.branching import Branch, check_weights, grow
 from specdec.cache import TreeKVCache
 from specdec.drafting import Drafter
 from specdec.engine import Engine
@@ -227,9 +227,7 @@ class SpeculativeModel:
             tokens: the ids of the prompt, [L] or [1, L].
             cache_key: as in `generate`.
         """
-        ids, target = _one_prompt(tokens).tolist(), self._driven()
-        with target.lock:
-            return Branch.plant(target, ids, (cache_key, target.weights_state()))
+        return Branch.plant(self._driven(), _one_prompt(tokens).tolist(), cache_key)
 
     def extend(
         self,
@@ -252,6 +250,7 @@ class SpeculativeModel:
             raise ValueError("branches: expected those of this model as it is now, got others")
         if not branches or len({branch.sequence for branch in branches}) < len(branches):
             raise ValueError(f"branches: expected each at most once, got {list(branches)}")
+        check_weights(branches)
         if options.get("num_return_sequences", 1) != 1:
             raise refuse("num_return_sequences", options["num_return_sequences"])
         width = max(len(branch.tokens) for branch in branches)

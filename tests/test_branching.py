@@ -90,10 +90,13 @@ def test_forks_share_pages_and_only_new_tokens_are_computed(model: Any) -> None:
     nothing_left(model)
 
 
-def test_scores_and_log_probabilities_are_the_models(hf_model: Any, model: Any) -> None:
+@pytest.mark.parametrize("rows", [512, 225])
+def test_scores_and_log_probabilities_are_the_models(
+    hf_model: Any, model: Any, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specdec.branching.PASS_ROWS", rows)
     prompt = random_text(20)
-    answers = [random_text(count) for count in (1, 5, 400, 300)]
-    answers = [answer[:200] for answer in answers]
+    answers = [random_text(count) for count in (1, 5, 220, 230)]
     with model.branch(prompt) as root:
         branches = root.fork(4)
         branches[3].append([9])
@@ -142,6 +145,30 @@ def test_wrong_branches_are_named(hf_model: Any, model: Any) -> None:
         model.branch(torch.ones(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"at least one token, .* got \[0\]"):
         model.branch([])
+
+
+def test_branches_of_other_weights_or_keys_are_kept_apart() -> None:
+    hf_model: Any = tiny_model("Llama")
+    model: Any = specdec.wrap(hf_model)
+    prompt = random_text(40)
+    with model.branch(prompt, cache_key="ann") as ann, model.branch(prompt) as nobody:
+        for branch, roots in ((ann, 1), (nobody, 2)):
+            model.extend([branch], max_new_tokens=2, do_sample=False)
+            assert len(model.cache.prefixes.roots) == roots
+        with torch.no_grad():
+            hf_model.model.layers[0].self_attn.k_proj.weight.neg_()
+        for use in (
+            lambda: ann.fork(),
+            lambda: specdec.score([ann], [[1]]),
+            lambda: specdec.logprobs([ann]),
+            lambda: model.extend([ann], max_new_tokens=1),
+        ):
+            with pytest.raises(RuntimeError, match="weights or its active adapters have changed"):
+                use()
+    with model.branch(prompt) as again:
+        model.extend([again], max_new_tokens=5, do_sample=False)
+        assert again.tokens == greedy(hf_model, prompt, 5)
+    nothing_left(model)
 
 
 def test_few_shot_answers_are_those_of_whole_prompts(hf_model: Any, model: Any) -> None:

@@ -65,6 +65,24 @@ def test_reuse_can_be_switched_off_and_is_kept_apart_by_key(model: Any) -> None:
     assert off.cache.prefixes.num_pages == 0
 
 
+def test_draft_models_reuse_what_the_run_allows_them_to(model: Any) -> None:
+    drafter = DraftModel(degraded(model, bits=5))
+    cache, prompt = drafter._target.cache, random_text(70)
+    off = specdec.wrap(model, drafter, prefix_cache=False)
+    run(off, prompt)
+    assert cache.prefixes.num_pages == 0
+    on = specdec.wrap(model, drafter)
+    expected = run(on, prompt, cache_key="ann").sequences
+    pages = cache.prefixes.num_pages
+    assert pages >= 70 // PAGE
+    assert torch.equal(run(on, prompt, cache_key="ann").sequences, expected)
+    assert cache.prefixes.num_pages == pages
+    run(on, prompt, cache_key="bob")
+    assert cache.prefixes.num_pages == 2 * pages
+    cache.check_integrity()
+    assert not cache.sequences
+
+
 @pytest.mark.parametrize("length", [8, 40])
 def test_equal_prompts_are_prefilled_once(model: Any, length: int) -> None:
     prompt, options = random_text(length), {"do_sample": True, "seed": 3, "num_return_sequences": 6}
