@@ -84,9 +84,7 @@ class TreeKVCache:
             prompt: token ids; none for an empty sequence.
             key: what K and V depend on besides the tokens, and who may share them.
         """
-        member = self._open(key)
-        self._begin(member, self.prefixes.match(prompt, key))
-        return member.number
+        return self._open(key, self.prefixes.match(prompt, key)).number
 
     def adopt(self, sequence: int, prompt: Sequence[int], *, key: Hashable = None) -> int:
         """What `admit` does with a prompt, for a sequence that is still empty.
@@ -113,8 +111,7 @@ class TreeKVCache:
         length = parent.bound if length is None else length
         if not 0 <= length <= parent.bound:
             raise ValueError(f"length: expected 0 to {parent.bound} tokens, got {length}")
-        child = self._open(parent.key)
-        self._begin(child, parent.pages[: self._pages_for(length)], length)
+        child = self._open(parent.key, parent.pages[: self._pages_for(length)], length)
         child.left_out = parent.left_out
         return child.number
 
@@ -139,8 +136,8 @@ class TreeKVCache:
                 f"got {list(pages)}"
             )
         left_out = (count - len(pages)) * self.pool.page_size
-        view = self._open(parent.key)
-        self._begin(view, [parent.pages[page] for page in pages], parent.bound - left_out)
+        chosen = [parent.pages[page] for page in pages]
+        view = self._open(parent.key, chosen, parent.bound - left_out)
         view.left_out = parent.left_out + left_out
         return view.number
 
@@ -185,7 +182,10 @@ class TreeKVCache:
         self.page_table[sequence] = TRASH_PAGE
         self.lengths[sequence] = 0
 
-    def _open(self, key: Hashable) -> SequenceState:
+    def _open(
+        self, key: Hashable, pages: Sequence[int], length: int | None = None
+    ) -> SequenceState:
+        """A new sequence that starts in pages that others own too, or none if anything fails."""
         number = next(s for s in range(1, len(self._sequences) + 2) if s not in self._sequences)
         if number >= len(self.lengths):
             extra = max(number + 1 - len(self.lengths), len(self.lengths))
@@ -195,6 +195,11 @@ class TreeKVCache:
                 torch.cat([self.page_table, rows]),
             )
         member = self._sequences[number] = SequenceState(number, key)
+        try:
+            self._begin(member, pages, length)
+        except BaseException:
+            self.release(number)
+            raise
         return member
 
     def _begin(

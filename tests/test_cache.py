@@ -1,6 +1,6 @@
 """The paged cache against a plain dictionary, and speculation as a transaction."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -369,6 +369,30 @@ def test_a_failure_while_reserving_reserves_nothing(
     cache.check_integrity()
     with cache.speculate(sequences, [30, 30]) as lease:
         lease.commit()
+    cache.check_integrity()
+
+
+def test_a_failure_while_forking_opens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = new_cache()
+    parent = cache.admit()
+    with cache.speculate([parent], [6]) as lease:
+        lease.commit()
+    cache.remember(parent, range(6))
+
+    def failing(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("specdec.cache.upload", failing)
+        starts: list[Callable[[], int]] = [
+            lambda: cache.fork(parent),
+            lambda: cache.admit(range(6)),
+            lambda: cache.view(parent, [1]),
+        ]
+        for start in starts:
+            with pytest.raises(KeyboardInterrupt):
+                start()
+            assert cache.sequences == [parent]
     cache.check_integrity()
 
 
