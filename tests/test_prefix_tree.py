@@ -117,12 +117,13 @@ def extend(cache: TreeKVCache, sequences: list[int], tokens: list[int]) -> None:
 
 def committed_tokens(cache: TreeKVCache) -> float:
     """Committed bytes in units of one token's."""
-    return cache.usage().committed * SIZE / cache.pool.page_bytes
+    return cache.usage().committed * cache.pool.page_size / cache.pool.page_bytes
 
 
-def test_a_common_prefix_is_stored_once() -> None:
+@pytest.mark.parametrize("page_size", [4, 16])
+def test_a_common_prefix_is_stored_once(page_size: int) -> None:
     """32 requests, 2,048 tokens in common and 256 of their own: within 5 % of the unique bytes."""
-    cache = TreeKVCache(PagePool([SHAPE], SIZE))
+    cache = TreeKVCache(PagePool([SHAPE], page_size))
     trunk = cache.admit()
     extend(cache, [trunk], [2046])  # in the middle of a page
     sequences = [trunk, *(cache.fork(trunk) for _ in range(31))]
@@ -132,14 +133,14 @@ def test_a_common_prefix_is_stored_once() -> None:
     with cache.speculate(sequences, [nodes] * 32) as lease:
         assert lease.plan_chains().shared
         speculative = cache.usage().speculative // cache.pool.page_bytes
-        assert speculative <= 32 * (nodes // SIZE + 2)
+        assert speculative <= 32 * (nodes // page_size + 2)
     cache.check_integrity()
 
 
 @pytest.mark.parametrize(("shared", "batch"), [(1024, 23), (2048, 19), (4096, 16)])
 def test_sharing_saves_what_chunk_attention_reports(shared: int, batch: int) -> None:
     """Its table 4: prompts that are all shared, answers of up to 512 tokens in all stages."""
-    cache = TreeKVCache(PagePool([SHAPE], SIZE))
+    cache = TreeKVCache(PagePool([SHAPE], 16))
     trunk = cache.admit()
     extend(cache, [trunk], [shared])
     sequences = [trunk, *(cache.fork(trunk) for _ in range(batch - 1))]
