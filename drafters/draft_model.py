@@ -31,13 +31,13 @@ class _Sequence:
 
     number: int  # in the draft model's own cache
     cached: int = 0  # known tokens that are committed there
+    text: Sequence[int] = ()  # what it holds, if others may begin with it
 
 
 @dataclass
 class _OpenDraft:
-    """The lease behind the trees of the last `propose`, until `observe` settles it."""
+    """The lease behind proposed trees, until `observe` settles it."""
 
-    sequences: tuple[int, ...]
     topology: Topology
     lease: Speculation | None
 
@@ -63,7 +63,7 @@ class DraftModel(Drafter):
     sampled: bool = False
     max_pages: int | None = None
     _sequences: dict[int, _Sequence] = field(default_factory=dict, init=False, repr=False)
-    _open: _OpenDraft | None = field(default=None, init=False, repr=False)
+    _open: dict[tuple[int, ...], _OpenDraft] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.law = ProposalLaw.IID if self.sampled else ProposalLaw.DETERMINISTIC
@@ -80,7 +80,9 @@ class DraftModel(Drafter):
         self._drop()
         for sequence in sequences:
             if sequence in self._sequences:
-                self._target.cache.release(self._sequences.pop(sequence).number)
+                member = self._sequences.pop(sequence)
+                self._target.cache.remember(member.number, member.text)
+                self._target.cache.release(member.number)
 
     def propose(self, context: DraftContext, nodes: int) -> TreeBatch:
         self._check(context)
@@ -95,11 +97,11 @@ class DraftModel(Drafter):
             if inner:
                 members = [self._sequences[s].number for s in context.sequences]
                 lease = self._target.cache.speculate(members, [len(shape) - 1] * len(members))
-            self._open = _OpenDraft(context.sequences, shape, lease)
+            self._open[context.sequences] = _OpenDraft(shape, lease)
             for level in inner:
                 grown.add_children(level, self._run_level(grown, level, lease))
         else:
-            self._open = _OpenDraft(context.sequences, shape, None)
+            self._open[context.sequences] = _OpenDraft(shape, None)
         return grown.batch()
 
     def _check(self, context: DraftContext) -> None:
@@ -115,6 +117,7 @@ class DraftModel(Drafter):
     def _catch_up(self, context: DraftContext) -> Tensor:
         """Commits every known token, the root included; [B, V] logits behind the roots."""
         members = [self._sequences[sequence] for sequence in context.sequences]
+        self._reuse(context, members)
         top = self._target.vocab_size - 1
         missing = [
             # A token that only the target's padded head knows stands for the last one here.
@@ -132,6 +135,17 @@ class DraftModel(Drafter):
         for member, tokens in zip(members, context.tokens, strict=True):
             member.cached = len(tokens)
         return self._fit(logits, context)
+
+    def _reuse(self, context: DraftContext, members: Sequence[_Sequence]) -> None:
+        """Lets new sequences begin with what earlier ones computed, where the run allows it."""
+        if context.cache_keys is None:
+            return
+        weights = None if all(member.cached for member in members) else self._target.weights_state()
+        for member, tokens, key in zip(members, context.tokens, context.cache_keys, strict=True):
+            if not member.cached:
+                cache, number = self._target.cache, member.number
+                member.cached = cache.adopt(number, tokens[:-1], key=(key, weights))
+            member.text = tokens
 
     def _run_level(
         self, grown: _GrowingTrees, level: tuple[int, ...], lease: Speculation | None
@@ -168,7 +182,7 @@ class DraftModel(Drafter):
 
     def observe(self, observation: Observation) -> None:
         """Keeps the accepted nodes that were run; the others are caught up in the next step."""
-        opened, self._open = self._open, None
+        opened = self._open.pop(observation.sequences, None)
         if opened is None or opened.lease is None:
             return
         kept = [
@@ -183,10 +197,11 @@ class DraftModel(Drafter):
             self._sequences[sequence].cached += len(path)
 
     def _drop(self) -> None:
-        """Rolls back a draft that was never observed."""
-        if self._open is not None and self._open.lease is not None and self._open.lease.open:
-            self._open.lease.rollback()
-        self._open = None
+        """Rolls back drafts that were never observed."""
+        for opened in self._open.values():
+            if opened.lease is not None and opened.lease.open:
+                opened.lease.rollback()
+        self._open.clear()
 
 
 class _GrowingTrees:

@@ -65,11 +65,21 @@ class Comparison:
 def compare(wrapped: specdec.SpeculativeModel, **options: Any) -> Comparison:
     """Runs one call with no drafts and again with the wrapped model's own.
 
+    Both compute the whole prompt: nothing is reused, not even from the first passes.
+
     Args:
         wrapped: the model; its drafter, rule and node budget make the second run.
         options: those of `generate`, for one prompt. Sampled runs have equal tokens only under
             `rule="sample-and-match"` with a `seed`.
     """
+    reuses, wrapped.prefix_cache = wrapped.prefix_cache, False
+    try:
+        return _compare(wrapped, options)
+    finally:
+        wrapped.prefix_cache = reuses
+
+
+def _compare(wrapped: specdec.SpeculativeModel, options: dict[str, Any]) -> Comparison:
     baseline = wrapped.without_drafts()
     options = {**options, "return_dict_in_generate": True}
     for model in (baseline, wrapped):  # neither arm pays for the first pass of a process

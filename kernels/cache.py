@@ -31,3 +31,13 @@ def move_rows(pages: Tensor, sources: Tensor, targets: Tensor) -> None:
     """
     flat = pages.view(pages.shape[0], -1, *pages.shape[3:])
     flat.index_copy_(1, targets, torch.index_select(flat, 1, sources))
+
+
+def copy_pages(pages: Tensor, sources: Tensor, targets: Tensor) -> None:
+    """Copies whole pages of all layers, in place.
+
+    Args:
+        pages: [L, P, S, H, D].
+        sources, targets: [M] int64 pages; none is both.
+    """
+    pages.index_copy_(1, targets, pages.index_select(1, sources))

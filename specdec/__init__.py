@@ -6,8 +6,10 @@ model.generate(**inputs, max_new_tokens=200)
 
 from specdec import models
 from specdec.batch import TreeBatch
+from specdec.branching import Branch, logprobs, score
 from specdec.drafting import DraftContext, Drafter, NoDraft, Observation, SequenceDrafter
 from specdec.pages import OutOfPages
+from specdec.serving import Handle, ServingEngine
 from specdec.stats import GenerationStats
 from specdec.support import UnsupportedModel
 from specdec.topology import Topology
@@ -17,20 +19,25 @@ from specdec.wrap import SpeculativeModel, generate, wrap
 __version__ = "0.1.0"
 
 __all__ = [
+    "Branch",
     "DraftContext",
     "Drafter",
     "GenerationStats",
+    "Handle",
     "NoDraft",
     "Observation",
     "OutOfPages",
     "ProposalLaw",
     "SequenceDrafter",
+    "ServingEngine",
     "SpeculativeModel",
     "TokenTree",
     "Topology",
     "TreeBatch",
     "UnsupportedModel",
     "generate",
+    "logprobs",
     "models",
+    "score",
     "wrap",
 ]

@@ -30,3 +30,18 @@ def ancestor_words(bits: Sequence[int], nodes: int) -> Tensor:
         for b in bits
     ]
     return torch.tensor(words, dtype=torch.int32)
+
+
+def chain_words(nodes: Tensor, count: int) -> Tensor:
+    """The words of nodes of chains: every node up to the own one is an ancestor.
+
+    Args:
+        nodes: [R] int64, places within chains of at most `count` nodes.
+
+    Returns:
+        [R, ceil(count / 32)] int32.
+    """
+    first = torch.arange(0, count, WORD_BITS, device=nodes.device)
+    bits = (nodes[:, None] - first + 1).clamp(0, WORD_BITS)
+    words = (1 << bits) - 1  # in 64 bits; the top one is the sign in 32
+    return (words - ((words >> (WORD_BITS - 1)) << WORD_BITS)).int()

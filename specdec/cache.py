@@ -1,10 +1,14 @@
-"""The paged tree KV cache: sequences, speculation as a transaction, commit and rollback.
+"""The paged tree KV cache: sequences that begin, branch, share pages and end.
 
 Who owns which slot of a sequence, by position:
 
     [0, length)                 committed: attention may read it, nobody writes it
     [length, length + rows)     leased to the open speculation, row i belongs to tree node i
     [.., pages * page_size)     owned by the sequence, contents undefined
+
+Committed pages may have several owners: sequences that were forked, and the prefix tree, which
+keeps the full pages of text for later. A full page is never written again. The page that holds the
+end of a sequence is, so it is copied before rows are leased in it while somebody else holds it too.
 
 True lengths live on the device. The host keeps an upper bound for each and allocates pages for it,
 so neither reserving nor committing waits for the device: a step can be prepared while the one
@@ -13,31 +17,29 @@ before still runs. `Speculation.settle` tightens the bound once the host knows w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from types import TracebackType
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from specdec.attention import AttentionPlan
-from specdec.batch import TreeBatch
-from specdec.pages import TRASH_PAGE, PagePool
+from specdec.pages import TRASH_PAGE, OutOfPages, PagePool
+from specdec.prefix_tree import PrefixTree
+from specdec.speculation import NULL_SEQUENCE, SequenceState, Speculation
 from specdec.transfer import upload
 
-NULL_SEQUENCE = 0
-"""A sequence of length 0 whose every slot lies in the trash page, for rows that pad a batch."""
 
+@dataclass(frozen=True)
+class CacheUsage:
+    """Who owns the bytes of a pool, in whole pages; the four parts add up to all of it."""
 
-@dataclass(eq=False)
-class _Sequence:
-    """What the host knows of one admission. Leases hold it, so they never act on a stranger."""
-
-    number: int
-    pages: list[int] = field(default_factory=list)
-    bound: int = 0  # of the committed length
-    lease: Speculation | None = None
-    released: bool = False
+    committed: int
+    """Pages with committed tokens of sequences; shared ones count once."""
+    speculative: int
+    """Pages of sequences behind their committed end."""
+    cached: int
+    """Pages of the prefix tree and its pins that no sequence uses."""
+    free: int
 
 
 class TreeKVCache:
@@ -46,14 +48,22 @@ class TreeKVCache:
     Args:
         pool: where keys and values live.
         device: where lengths and page tables live; the device on which tokens are chosen.
+        max_cached_bytes: bound for the prefix tree; see `PrefixTree`.
     """
 
-    def __init__(self, pool: PagePool, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        device: torch.device | str = "cpu",
+        *,
+        max_cached_bytes: int | None = None,
+    ) -> None:
         self.pool = pool
+        self.prefixes = PrefixTree(pool, max_cached_bytes)
         self.device = torch.device(device)
         self.lengths = torch.zeros(1, dtype=torch.int64, device=self.device)  # [S], by sequence
         self.page_table = torch.full((1, 1), TRASH_PAGE, dtype=torch.int64, device=self.device)
-        self._sequences: dict[int, _Sequence] = {}
+        self._sequences: dict[int, SequenceState] = {}
 
     @property
     def sequences(self) -> list[int]:
@@ -64,18 +74,102 @@ class TreeKVCache:
         """An upper bound of a sequence's committed length, known without asking the device."""
         return self._sequences[sequence].bound
 
-    def admit(self) -> int:
-        """Opens an empty sequence and returns its number, the lowest that is free."""
-        number = next(s for s in range(1, len(self._sequences) + 2) if s not in self._sequences)
-        if number >= len(self.lengths):
-            extra = max(number + 1 - len(self.lengths), len(self.lengths))
-            rows = self.page_table.new_full((extra, self.page_table.shape[1]), TRASH_PAGE)
-            self.lengths, self.page_table = (
-                torch.cat([self.lengths, self.lengths.new_zeros(extra)]),
-                torch.cat([self.page_table, rows]),
+    def admit(self, prompt: Sequence[int] = (), *, key: Hashable = None) -> int:
+        """Opens a sequence and returns its number, the lowest that is free.
+
+        It begins with the longest run of full pages of the prompt that the prefix tree knows;
+        `length_bound` says how many tokens that is.
+
+        Args:
+            prompt: token ids; none for an empty sequence.
+            key: what K and V depend on besides the tokens, and who may share them.
+        """
+        return self._open(key, self.prefixes.match(prompt, key)).number
+
+    def adopt(self, sequence: int, prompt: Sequence[int], *, key: Hashable = None) -> int:
+        """What `admit` does with a prompt, for a sequence that is still empty.
+
+        Returns:
+            How many tokens of the prompt it has now.
+        """
+        member = self._sequences[sequence]
+        if member.bound or member.lease is not None:
+            raise RuntimeError(f"sequence {sequence}: expected an empty one, it has tokens or rows")
+        self.pool.free(member.pages)
+        member.pages, member.key = [], key
+        self._begin(member, self.prefixes.match(prompt, key))
+        return member.bound
+
+    def fork(self, sequence: int, length: int | None = None) -> int:
+        """Opens a sequence that begins like another one, in the same pages, and returns its number.
+
+        Args:
+            sequence: with no lease open and its last commit settled.
+            length: how many of its tokens; all by default.
+        """
+        parent = self._settled(sequence)
+        length = parent.bound if length is None else length
+        if not 0 <= length <= parent.bound:
+            raise ValueError(f"length: expected 0 to {parent.bound} tokens, got {length}")
+        child = self._open(parent.key, parent.pages[: self._pages_for(length)], length)
+        child.left_out = parent.left_out
+        return child.number
+
+    def view(self, sequence: int, pages: Sequence[int]) -> int:
+        """Opens a sequence that sees only some pages of another one, and returns its number.
+
+        For drafts that may be approximate. K and V stay where they are; to attention the view is a
+        shorter sequence with an ordinary page table, and its rows go on at the positions behind the
+        whole text. What is written in it is its own. A layer's sliding window is measured in the
+        keys that the view shows.
+
+        Args:
+            sequence: with no lease open and its last commit settled.
+            pages: which of its pages, rising; the one that holds its end is the last. `views` has
+                functions that choose them.
+        """
+        parent = self._settled(sequence)
+        count = self._pages_for(parent.bound)
+        if not count or list(pages) != sorted({*pages, count - 1}) or min(pages) < 0:
+            raise ValueError(
+                f"pages: expected some of 0 to {count - 1}, rising, the last one among them, "
+                f"got {list(pages)}"
             )
-        self._sequences[number] = _Sequence(number)
-        return number
+        left_out = (count - len(pages)) * self.pool.page_size
+        chosen = [parent.pages[page] for page in pages]
+        view = self._open(parent.key, chosen, parent.bound - left_out)
+        view.left_out = parent.left_out + left_out
+        return view.number
+
+    def prune(self, sequence: int, length: int) -> None:
+        """Cuts a sequence back to its first tokens and gives back the pages behind them.
+
+        Args:
+            sequence: with no lease open and its last commit settled.
+            length: how many tokens to keep.
+        """
+        member = self._settled(sequence)
+        self._refuse_view(member, "cut")
+        if not 0 <= length <= member.bound:
+            raise ValueError(f"length: expected 0 to {member.bound} tokens, got {length}")
+        keep = self._pages_for(length)
+        self.page_table[sequence, keep:] = TRASH_PAGE
+        self.lengths[sequence] = length
+        dropped, member.pages = member.pages[keep:], member.pages[:keep]
+        member.bound = length
+        self.pool.free(dropped)
+
+    def remember(self, sequence: int, tokens: Sequence[int]) -> None:
+        """Takes the full pages of a sequence into the prefix tree, for those who begin like it.
+
+        Args:
+            sequence: one admitted here.
+            tokens: what it holds, from the beginning; may go on behind the committed end.
+        """
+        member = self._sequences[sequence]
+        self._refuse_view(member, "remembered")
+        known = min(len(tokens), member.bound - member.unsettled)
+        self.prefixes.insert(tokens, member.pages[: known // self.pool.page_size], member.key)
 
     def release(self, sequence: int) -> None:
         """Gives a sequence's pages back. An open speculation on it is rolled back."""
@@ -84,8 +178,69 @@ class TreeKVCache:
         if released.lease is not None:
             released.lease.rollback()
         self.pool.free(released.pages)
+        self.prefixes.trim()
         self.page_table[sequence] = TRASH_PAGE
         self.lengths[sequence] = 0
+
+    def _open(
+        self, key: Hashable, pages: Sequence[int], length: int | None = None
+    ) -> SequenceState:
+        """A new sequence that starts in pages that others own too, or none if anything fails."""
+        number = next(s for s in range(1, len(self._sequences) + 2) if s not in self._sequences)
+        if number >= len(self.lengths):
+            extra = max(number + 1 - len(self.lengths), len(self.lengths))
+            rows = self.page_table.new_full((extra, self.page_table.shape[1]), TRASH_PAGE)
+            self.lengths, self.page_table = (
+                torch.cat([self.lengths, self.lengths.new_zeros(extra)]),
+                torch.cat([self.page_table, rows]),
+            )
+        member = self._sequences[number] = SequenceState(number, key)
+        try:
+            self._begin(member, pages, length)
+        except BaseException:
+            self.release(number)
+            raise
+        return member
+
+    def _begin(
+        self, member: SequenceState, pages: Sequence[int], length: int | None = None
+    ) -> None:
+        """Lets an empty sequence start in pages that others own too; all full by default."""
+        if not pages:
+            return
+        length = len(pages) * self.pool.page_size if length is None else length
+        self._widen(len(pages))
+        self.page_table[member.number, : len(pages)] = upload(pages, self.device)
+        self.lengths[member.number] = length
+        self.pool.share(pages)
+        member.pages, member.bound = list(pages), length
+
+    def _settled(self, sequence: int) -> SequenceState:
+        member = self._sequences[sequence]
+        if member.lease is not None or member.unsettled:
+            raise RuntimeError(
+                f"sequence {sequence}: expected every speculation closed and settled before a fork "
+                "or a cut"
+            )
+        return member
+
+    def _refuse_view(self, member: SequenceState, done: str) -> None:
+        if member.left_out:
+            raise ValueError(
+                f"sequence: {member.number} is a view, which cannot be {done}: "
+                f"it lacks {member.left_out} tokens"
+            )
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.pool.page_size)
+
+    def reserve(self, sequences: Sequence[int], rows: Sequence[int]) -> None:
+        """Gives sequences room for rows behind their ends, all or none; nothing is leased yet.
+
+        Raises:
+            OutOfPages: nothing was reserved.
+        """
+        self._reserve([self._sequences[number] for number in sequences], rows)
 
     def speculate(self, sequences: Sequence[int], rows: Sequence[int]) -> Speculation:
         """Leases rows behind the committed end of some sequences, as a context manager.
@@ -113,33 +268,52 @@ class TreeKVCache:
         self._reserve(members, rows)
         return Speculation(self, members, tuple(rows))
 
-    def _reserve(self, members: Sequence[_Sequence], rows: Sequence[int]) -> None:
-        size = self.pool.page_size
-        missing = [
-            max(0, -(-(member.bound + ahead) // size) - len(member.pages))
-            for member, ahead in zip(members, rows, strict=True)
-        ]
-        if not any(missing):
+    def _reserve(self, members: Sequence[SequenceState], rows: Sequence[int]) -> None:
+        """Gives each sequence pages for its rows that it alone may write to, or raises."""
+        missing, parting = [], []
+        for member, ahead in zip(members, rows, strict=True):
+            missing.append(max(0, self._pages_for(member.bound + ahead) - len(member.pages)))
+            at = (member.bound - member.unsettled) // self.pool.page_size
+            parting.append(at < len(member.pages) and self.pool.is_shared(member.pages[at]))
+        if not any(missing) and not any(parting):
             return
         self._widen(max(len(m.pages) + n for m, n in zip(members, missing, strict=True)))
-        fresh = self.pool.allocate(sum(missing))
-        given = []
+        fresh = self._allocate(sum(missing) + sum(parting))
+        after, entries, left = [], [], list(fresh)  # entries: (sequence, place, page now, before)
+        for member, count, parts in zip(members, missing, parting, strict=True):
+            pages = list(member.pages)
+            if parts:
+                at = (member.bound - member.unsettled) // self.pool.page_size
+                page = left.pop(0)
+                entries.append((member.number, at, page, pages[at]))
+                pages[at] = page
+            for page in left[:count]:
+                entries.append((member.number, len(pages), page, TRASH_PAGE))
+                pages.append(page)
+            del left[:count]
+            after.append(pages)
+        copied = [(old, new) for _, _, new, old in entries if old != TRASH_PAGE]
         try:
-            for member, count in zip(members, missing, strict=True):
-                have = len(member.pages)
-                new, fresh = fresh[:count], fresh[count:]
-                member.pages += new
-                given.append((member, have))
-                if new:
-                    row = self.page_table[member.number]
-                    row[have : have + count] = upload(new, self.device)
+            if copied:
+                self.pool.copy([old for old, _ in copied], [new for _, new in copied])
+            row, place, page, _ = upload(entries, self.device).T
+            self.page_table[row, place] = page
         except BaseException:  # all or none, also when the device has no memory left for the copy
-            for member, have in given:
-                fresh += member.pages[have:]
-                del member.pages[have:]
-                self.page_table[member.number, have:] = TRASH_PAGE
+            for number, at, _, before in entries:
+                self.page_table[number, at] = before
             self.pool.free(fresh)
             raise
+        for member, pages in zip(members, after, strict=True):
+            member.pages = pages
+        self.pool.free([old for old, _ in copied])
+
+    def _allocate(self, count: int) -> list[int]:
+        """Pages from the pool, and if it has too few, from the prefix tree."""
+        try:
+            return self.pool.allocate(count)
+        except OutOfPages as error:
+            self.prefixes.evict(error.need - error.have)
+            return self.pool.allocate(count)
 
     def _widen(self, pages: int) -> None:
         """Makes room in the page table for sequences of that many pages."""
@@ -155,6 +329,17 @@ class TreeKVCache:
         page = (positions // size).clamp_max(self.page_table.shape[1] - 1)
         return self.page_table[sequences, page] * size + positions % size
 
+    def usage(self) -> CacheUsage:
+        """Bytes of the pool by owner, as the host knows them: bounds stand for lengths."""
+        committed: set[int] = set()
+        owned: set[int] = set()
+        for member in self._sequences.values():
+            committed.update(member.pages[: self._pages_for(member.bound)])
+            owned.update(member.pages)
+        cached = {page for pages in self.prefixes.owned() for page in pages} - owned
+        parts = (len(committed), len(owned - committed), len(cached), self.pool.num_free)
+        return CacheUsage(*(count * self.pool.page_bytes for count in parts))
+
     def check_integrity(self) -> None:
         """Checks every invariant that the host and the device share. Waits for the device.
 
@@ -162,184 +347,27 @@ class TreeKVCache:
             RuntimeError: a page is leaked or shared by mistake, a length exceeds its bound, or the
                 device's page table differs from the host's.
         """
-        self.pool.check_integrity([member.pages for member in self._sequences.values()])
+        owned = [member.pages for member in self._sequences.values()]
+        self.pool.check_integrity([*owned, *self.prefixes.owned()])
+        self.prefixes.check_integrity()
         lengths, table = self.lengths.tolist(), self.page_table.tolist()
-        nobody = _Sequence(NULL_SEQUENCE)
+        nobody = SequenceState(NULL_SEQUENCE)
         for number, (length, row) in enumerate(zip(lengths, table, strict=True)):
             member = self._sequences.get(number, nobody)
             pages = member.pages
             if row[: len(pages)] != pages or set(row[len(pages) :]) - {TRASH_PAGE}:
                 raise RuntimeError(f"sequence {number}: page table {row} is not {pages}")
             need = member.bound + (member.lease.rows_of(member) if member.lease else 0)
-            if not 0 <= length <= member.bound or need > len(pages) * self.pool.page_size:
+            floor = member.bound - member.unsettled
+            if not 0 <= floor <= length <= member.bound or need > len(pages) * self.pool.page_size:
                 raise RuntimeError(
                     f"sequence {number}: length {length}, bound {member.bound}, "
                     f"{need} tokens needed in {len(pages)} pages"
                 )
+            if member.lease and any(
+                map(self.pool.is_shared, pages[floor // self.pool.page_size :])
+            ):
+                raise RuntimeError(f"sequence {number}: rows are leased in a page others hold")
 
 
-class Speculation:
-    """Rows leased behind the committed end of some sequences.
-
-    Leaving the `with` block without a commit rolls back, also when an exception passes through.
-    Nothing a rejected row wrote can be read afterwards.
-    """
-
-    def __init__(
-        self, cache: TreeKVCache, members: Sequence[_Sequence], rows: tuple[int, ...]
-    ) -> None:
-        self.cache = cache
-        self.rows = rows
-        self.open = True
-        self._members = tuple(members)
-        self._longest: tuple[int, ...] | None = None  # rows that the commit may have kept
-        self._sequence_index = upload(self.sequences, cache.device)
-        for member in members:
-            member.lease = self
-
-    @property
-    def sequences(self) -> tuple[int, ...]:
-        """The leased sequences, in order."""
-        return tuple(member.number for member in self._members)
-
-    def rows_of(self, member: _Sequence) -> int:
-        """How many rows a sequence has leased here."""
-        return self.rows[self._members.index(member)]
-
-    def __enter__(self) -> Speculation:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self.open:
-            self.rollback()
-
-    @property
-    def lengths(self) -> Tensor:
-        """[B] int64, the committed lengths of the leased sequences."""
-        return self.cache.lengths[self._sequence_index]
-
-    def plan_trees(self, trees: TreeBatch) -> AttentionPlan:
-        """The plan of a forward over whole trees, tree b for sequence b."""
-        return self.plan(trees.sizes, trees.nodes, trees.depths, trees.ancestors)
-
-    def plan_chains(self) -> AttentionPlan:
-        """The plan of a forward over all leased rows, each sequence's a chain of any length."""
-        nodes = torch.cat([torch.arange(rows) for rows in self.rows])
-        nodes = upload(nodes, self.cache.device)
-        return self.plan(self.rows, nodes, nodes, None)
-
-    def plan(
-        self,
-        counts: Sequence[int],
-        nodes: Tensor,
-        depths: Tensor,
-        ancestors: Tensor | None,
-    ) -> AttentionPlan:
-        """The plan of a forward over some of the leased rows.
-
-        Args:
-            counts: how many of the R rows each of `sequences` has; first those of the first
-                sequence. Rows behind them only fill up a batch: with nodes from 0 on and no
-                ancestor but themselves they see, and write, nothing but the trash page.
-            nodes: [R] int64, the leased row of each query, which is also its key's place.
-            depths: [R] int64, distance from the committed end.
-            ancestors: [R, W] int32 bit words over the leased rows, the own bit included; None for
-                chains, in which every row sees the rows before it.
-        """
-        self._check_open()
-        cache = self.cache
-        fill = len(nodes) - sum(counts)
-        if len(counts) != len(self._members) or fill < 0:
-            raise ValueError(
-                f"counts: expected {len(self._members)} with a sum of at most {len(nodes)} rows, "
-                f"got {list(counts)}"
-            )
-        numbers = [*self.sequences, NULL_SEQUENCE] if fill else self.sequences
-        counts = [*counts, fill] if fill else counts
-        owner, starts = [], [0]
-        for number, count in zip(numbers, counts, strict=True):
-            owner += [number] * count
-            starts.append(len(owner))
-        sequence = upload(owner, cache.device)
-        prefix = cache.lengths[sequence]
-        return AttentionPlan(
-            page_table=cache.page_table,
-            prefix_lens=cache.lengths,
-            page_size=cache.pool.page_size,
-            row_starts=upload(torch.tensor(starts, dtype=torch.int32), cache.device),
-            sequence=sequence,
-            nodes=nodes,
-            ancestors=ancestors,
-            slots=cache.slots(sequence, prefix + nodes),
-            positions=prefix + depths,
-            max_rows=max(counts),
-            max_places=sum(self.rows) + fill,
-            max_prefix=max(member.bound for member in self._members),
-            shared=any(cache.pool.is_shared(m.pages[0]) for m in self._members if m.pages),
-        )
-
-    def commit(self, paths: Tensor | None = None) -> None:
-        """Keeps the leased rows named by `paths`, in that order, and forgets the others.
-
-        Never waits for the device: the host's bound grows by the longest possible path.
-
-        Args:
-            paths: [B, D] int64, leased rows from the top down, rising, -1 behind the last; None
-                to keep all rows, as for a chain.
-        """
-        self._check_open()
-        cache, index = self.cache, self._sequence_index
-        if paths is None:
-            cache.lengths[index] += upload(self.rows, cache.device)
-            longest: Sequence[int] = self.rows
-        else:
-            kept = paths >= 0
-            base = cache.lengths[index][:, None]
-            step = torch.arange(paths.shape[1], device=paths.device)
-            owners = index[:, None].expand_as(paths)
-            # A row that is not kept is "moved" within the trash page.
-            owners = torch.where(kept, owners, NULL_SEQUENCE).flatten()
-            sources = torch.where(kept, base + paths, 0).flatten()
-            targets = torch.where(kept, base + step, 0).flatten()
-            here, there = cache.slots(owners, sources), cache.slots(owners, targets)
-            # By position, targets do not lie behind their sources, and sources rise.
-            cache.pool.move(here.view(paths.shape), there.view(paths.shape))
-            cache.lengths[index] += kept.sum(1)
-            longest = [min(rows, paths.shape[1]) for rows in self.rows]
-        self._longest = tuple(longest)
-        for member, count in zip(self._members, longest, strict=True):
-            member.bound += count
-        self._close()
-
-    def settle(self, kept: Sequence[int]) -> None:
-        """Tells the cache, once, how many rows the commit kept, as soon as the host knows.
-
-        May come after later commits, since only the difference to the longest path is taken back,
-        and after sequences were released, which then are left alone.
-        """
-        if self._longest is None:
-            raise RuntimeError("settle: expected once, after a commit")
-        for member, longest, rows in zip(self._members, self._longest, kept, strict=True):
-            if not 0 <= rows <= longest:
-                raise ValueError(f"kept: expected 0 to {longest} rows, got {rows}")
-            member.bound -= longest - rows
-        self._longest = None
-
-    def rollback(self) -> None:
-        """Forgets all leased rows."""
-        self._check_open()
-        self._close()
-
-    def _check_open(self) -> None:
-        if not self.open:
-            raise RuntimeError("this speculation is already committed or rolled back")
-
-    def _close(self) -> None:
-        for member in self._members:
-            member.lease = None
-        self.open = False
+__all__ = ["NULL_SEQUENCE", "CacheUsage", "Speculation", "TreeKVCache"]

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.utils import logging as transformers_logging
 
 import specdec
-from specdec import models
+from specdec import models, picture
 from specdec.drafters import DRAFTERS, DraftModel, NGram
 from specdec.drafting import Drafter
 from specdec.eval.attention import cases, report
@@ -40,6 +41,9 @@ models_app = typer.Typer(help="Models that come with a name.", no_args_is_help=T
 app.add_typer(models_app, name="models")
 bench_app = typer.Typer(help="Measurements of the parts, on a GPU.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+
+debug_app = typer.Typer(help="A look inside.", no_args_is_help=True)
+app.add_typer(debug_app, name="debug")
 
 out, err = Console(), Console(stderr=True)
 
@@ -181,6 +185,100 @@ def generate(
             print_json({"text": answer, "tokens": tokens, "stats": output.stats.to_dict()})
         else:
             err.print(output.stats)
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str, typer.Option(help="A name from `specdec models list`, a folder or a hub id.")
+    ] = models.DEFAULT,
+    drafter: Annotated[
+        str, typer.Option(help="ngram, none, or a smaller model (name, folder or hub id).")
+    ] = "ngram",
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Of a sampled run.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 on a CPU, bfloat16 elsewhere by default.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+) -> None:
+    """Talks with a model; each turn computes only what is new. An empty line ends it."""
+    with _readable_errors():
+        loaded, tokenizer = _load(model, dtype, device)
+        if tokenizer.chat_template is None:
+            raise ValueError(f"--model: expected a chat model, {model!r} has no chat template")
+        chosen, nodes = _make_drafter(drafter, None, "auto", loaded.device, loaded.dtype)
+        wrapped = specdec.wrap(loaded, chosen, nodes=nodes)
+        talk = [] if system is None else [{"role": "system", "content": system}]
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
+        sampled = temperature > 0
+        options |= (
+            {"do_sample": True, "temperature": temperature} if sampled else {"do_sample": False}
+        )
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        while line := _ask():
+            talk.append({"role": "user", "content": line})
+            inputs = tokenizer.apply_chat_template(
+                talk, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            ).to(loaded.device)
+            output: Any = wrapped.generate(
+                **inputs, **options, streamer=streamer, return_dict_in_generate=True
+            )
+            answer = output.sequences[0, inputs["input_ids"].shape[1] :]
+            answer = tokenizer.decode(answer, skip_special_tokens=True)
+            talk.append({"role": "assistant", "content": answer})
+            stats = output.stats
+            err.print(
+                f"{stats.prefilled_tokens} prompt tokens computed, {stats.reused_tokens} reused; "
+                f"{stats.tokens} new at {stats.tokens_per_second:.1f} tokens/s",
+                style="dim",
+            )
+
+
+def _ask() -> str:
+    """A line from the user, empty at the end of input."""
+    err.print("> ", end="", style="bold")
+    return sys.stdin.readline().strip()
+
+
+@debug_app.command("cache")
+def debug_cache(
+    prompts: Annotated[list[str], typer.Argument(help="Texts to generate from, in order.")],
+    model: Annotated[
+        str, typer.Option(help="A name from `specdec models list`, a folder or a hub id.")
+    ] = models.DEFAULT,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 16,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
+    svg: Annotated[Path | None, typer.Option(help="File to draw the tree to as well.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+) -> None:
+    """Shows what the prefix tree holds after some prompts, and who owns the cache's bytes."""
+    with _readable_errors():
+        loaded, tokenizer = _load(model, None, device)
+        wrapped = specdec.wrap(loaded)
+        total = specdec.GenerationStats()
+        for prompt in prompts:
+            inputs = _encode(tokenizer, prompt, raw).to(loaded.device)
+            output: Any = wrapped.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                return_dict_in_generate=True,
+            )
+            total = total + output.stats
+        tree = wrapped.cache.prefixes
+        out.print(picture.as_text(tree, tokenizer.decode))
+        for owner, count in asdict(wrapped.cache.usage()).items():
+            out.print(f"{owner:12} {count / 2**20:8.2f} MiB", highlight=False)
+        out.print(
+            f"{total.prefilled_tokens} prompt tokens computed, {total.reused_tokens} reused "
+            f"({total.hit_rate:.0%}), {total.evicted_pages} pages evicted",
+            highlight=False,
+        )
+        if svg is not None:
+            svg.write_text(picture.as_svg(tree, tokenizer.decode))
 
 
 def print_json(value: object) -> None:

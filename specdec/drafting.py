@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from specdec.batch import TreeBatch
 from specdec.sampling import Sampler
+from specdec.transfer import upload
 from specdec.tree import ProposalLaw, TokenTree
 
 
@@ -25,6 +26,7 @@ class DraftContext:
     sampler: Sampler  # the run's sampling options
     vocab_size: int
     device: torch.device  # where the trees must lie
+    cache_keys: tuple[Hashable, ...] | None = None  # who may share K and V; None: nobody
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,13 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, context: DraftContext, nodes: int) -> TreeBatch:
-        """One tree of at most `nodes` nodes, the root included, for each sequence, in order."""
+        """One tree of at most `nodes` nodes, the root included, for each sequence, in order.
+
+        Sequences with other sampling options may be asked for before these are observed.
+        """
 
     def observe(self, observation: Observation) -> None:  # noqa: B027 - optional
-        """The target has verified the trees of the last `propose`."""
+        """The target has verified the trees last proposed for these sequences."""
 
     def end(self, sequences: Sequence[int]) -> None:  # noqa: B027 - optional
         """Sequences are over, finished or not; may name some that never began."""
@@ -85,8 +90,20 @@ class SequenceDrafter(Drafter):
         return TreeBatch.pack(trees, vocab_size=context.vocab_size, device=context.device)
 
 
-class NoDraft(SequenceDrafter):
+class NoDraft(Drafter):
     """Proposes nothing: plain decoding, the baseline, in the same loop."""
 
-    def draft(self, tokens: Sequence[int], nodes: int) -> TokenTree:
-        return TokenTree.root(tokens[-1])
+    def propose(self, context: DraftContext, nodes: int) -> TreeBatch:
+        roots = upload([tokens[-1] for tokens in context.tokens], context.device)
+        return TreeBatch(
+            tokens=roots,
+            parents=torch.full_like(roots, -1),
+            depths=torch.zeros_like(roots),
+            ancestors=torch.ones_like(roots, dtype=torch.int32)[:, None],
+            laws=torch.full_like(roots, ProposalLaw.DETERMINISTIC, dtype=torch.int8),
+            draft_probs=None,
+            sizes=(1,) * len(roots),
+            laws_used=frozenset({ProposalLaw.DETERMINISTIC}),
+            max_depth=0,
+            max_children=0,
+        )

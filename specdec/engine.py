@@ -1,130 +1,137 @@
-"""The decoding loop: draft, verify, accept, commit, for a batch of requests."""
+"""Continuous batching: requests come and go while draft, verify, accept, commit goes on.
+
+One pass of the model carries the trees of all requests that decode and, in what room is left,
+pieces of the prompts of those that do not yet (chunked prefill, SARATHI, arXiv 2308.16369), all
+packed without padding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import count
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 
 import torch
+from torch import Tensor
 
 from specdec.batch import TreeBatch
-from specdec.drafting import DraftContext, Drafter, Observation
-from specdec.sampling import Sampler
+from specdec.drafting import DraftContext, Observation
+from specdec.load import Lane, Load, Verdict, read, stacked
+from specdec.pages import OutOfPages, check_count
+from specdec.request import Emission, Policy, Request
+from specdec.scheduler import Scheduler
 from specdec.stats import GenerationStats, Stopwatch
 from specdec.target import Target
 from specdec.transfer import upload
-from specdec.verify import AcceptanceRule, Noise, Outcome
-
-
-@dataclass(eq=False)
-class Request:
-    """One text to continue.
-
-    Args:
-        tokens: the prompt; grows with every token emitted.
-        max_new_tokens: at least 1.
-        seed: of its position-keyed randomness.
-        stops: asked after every token, with the request as it then is.
-    """
-
-    tokens: list[int]
-    max_new_tokens: int
-    seed: int
-    stops: Callable[[Request], bool]
-    prompt_length: int = field(init=False)
-    number: int = field(init=False, default_factory=count().__next__)
-    """Never given twice, so that a drafter can serve several runs at once."""
-    finished: bool = False
-    sequence: int = -1
-    """In the target's cache while it runs, else -1."""
-
-    def __post_init__(self) -> None:
-        if not self.tokens:
-            raise ValueError("tokens: expected a prompt of at least one token, got none")
-        self.prompt_length = len(self.tokens)
-
-    @property
-    def emitted(self) -> list[int]:
-        """The tokens behind the prompt."""
-        return self.tokens[self.prompt_length :]
-
-    def emit(self, tokens: Sequence[int]) -> list[int]:
-        """Takes tokens until one ends the text; returns those taken."""
-        taken: list[int] = []
-        for token in tokens:
-            self.tokens.append(token)
-            taken.append(token)
-            full = len(self.tokens) - self.prompt_length >= self.max_new_tokens
-            if self.stops(self) or full:
-                self.finished = True
-                break
-        return taken
-
-
-@dataclass(frozen=True)
-class Emission:
-    """What one step gave one request."""
-
-    request: Request
-    tokens: list[int]
-    drafted: int
-    """Nodes proposed, the root not counted."""
-    accepted: int
-    """Nodes accepted, the root not counted, nor what lay behind the end of the text."""
+from specdec.verify import Noise, Outcome
 
 
 class Engine:
-    """Runs requests through one target with one drafter and one rule.
+    """Runs requests through one target.
 
-    Invariant between steps: a sequence's cache holds exactly the tokens before the root, which is
-    the last known token. So the first step speculates like any other.
+    Invariant between steps: a request that decodes has exactly the tokens before the root, which is
+    the last known token, in its cache. So the first step speculates like any other.
 
     Args:
         target: the model and its cache.
-        drafter: proposes trees.
-        rule: keeps a path of each.
-        sampler: the sampling options.
-        nodes: largest tree to propose, the root included.
-        prefill_chunk: prompt tokens in one pass.
+        policy: of requests that bring none.
+        step_tokens: rows of one pass, at most, if the trees alone are not more; prompts get what
+            trees leave, and never less than a page.
+        prefix_cache: use what was computed for one request for others that begin like it.
+        max_running: requests that run at once; None for as many as there is room for.
     """
 
     def __init__(
         self,
         target: Target,
-        drafter: Drafter,
-        rule: AcceptanceRule,
-        sampler: Sampler,
+        policy: Policy,
         *,
-        nodes: int,
-        prefill_chunk: int = 512,
+        step_tokens: int = 512,
+        prefix_cache: bool = True,
+        max_running: int | None = None,
     ) -> None:
+        check_count("step_tokens", step_tokens)
+        if max_running is not None:
+            check_count("max_running", max_running)
         self.target = target
-        self.drafter = drafter
-        self.rule = rule
-        self.sampler = sampler
-        self.nodes = nodes
-        self.prefill_chunk = prefill_chunk
-        self.stats = GenerationStats(rule=rule.name)
+        self.step_tokens = step_tokens
+        self.stats = GenerationStats(rule=policy.rule.name)
+        self.scheduler = Scheduler(
+            target,
+            policy,
+            self.stats,
+            prefix_cache=prefix_cache,
+            max_running=max_running,
+        )
+        self._watch = Stopwatch(target.device, self.stats.seconds)
+        self._lanes: list[Lane] = []
+        self._lanes_of = -1  # the scheduler's changes that they were made after
+
+    def add(self, request: Request) -> None:
+        """Lets a request wait for its turn."""
+        self.scheduler.waiting.append(request)
+        self.stats.prompt_tokens += request.prompt_length
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request waits or runs."""
+        return not (self.scheduler.waiting or self.scheduler.running)
+
+    def step(self) -> list[Emission]:
+        """One pass of the model, and what it gave to the requests that decode.
+
+        A request that does not fit into the cache alone ends with `error` set. If anything is
+        raised, all requests have been stopped and no page stays behind.
+        """
+        scheduler, evicted = self.scheduler, self.target.cache.prefixes.evicted
+        try:
+            with self._turn(), self._watch.host("total"):
+                scheduler.admit()
+                emissions = self._pass()
+                done = [emission.request for emission in emissions if emission.request.finished]
+                if done:
+                    self._account()
+                for request in done:
+                    scheduler.finish(request)
+        except BaseException as error:
+            self.cancel([*scheduler.running, *scheduler.waiting], error)
+            raise
+        self.stats.evicted_pages += self.target.cache.prefixes.evicted - evicted
+        return emissions
+
+    def cancel(self, requests: Sequence[Request], error: BaseException | None = None) -> None:
+        """Stops requests, finished or not, wherever they are; nothing of them stays behind."""
+        scheduler = self.scheduler
+        with self._turn(), ExitStack() as stops:  # all of them, also when a drafter raises
+            for request in requests:
+                if request.sequence >= 0:
+                    stops.callback(scheduler.finish, request)
+                if request in scheduler.waiting:
+                    scheduler.waiting.remove(request)
+                if isinstance(error, Exception) and not request.finished:
+                    request.error = error
 
     def run(self, requests: Sequence[Request]) -> Iterator[list[Emission]]:
-        """Runs requests to their ends; yields after every step of those still running.
+        """Runs requests to their ends; yields after every step that gave any of them tokens.
 
         However it is left - end, exception, closed iterator - no page stays behind.
+
+        Raises:
+            OutOfPages: one of them does not fit into the cache alone.
         """
-        watch = Stopwatch(self.target.device, self.stats.seconds)
         try:
-            with self._turn(), watch.host("total"), watch.phase("prefill"):
-                self._begin(requests)
-            while running := [request for request in requests if not request.finished]:
-                with self._turn(), watch.host("total"):
-                    emissions = self._step(running, watch)
-                yield emissions
-                self._end([request for request in running if request.finished])
+            for request in requests:
+                self.add(request)
+            while any(not request.finished for request in requests):
+                emissions = self.step()
+                for request in requests:
+                    if request.error is not None:
+                        raise request.error
+                if emissions:
+                    yield emissions
         finally:
-            self._end(requests)
-            watch.read()
+            self.cancel(requests)
+            self._watch.read()
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -132,66 +139,141 @@ class Engine:
         with self.target.lock, torch.inference_mode(False), torch.no_grad():
             yield
 
-    def _begin(self, requests: Sequence[Request]) -> None:
-        cache, device = self.target.cache, self.target.device
-        for request in requests:
-            request.sequence = cache.admit()
-        self.drafter.begin([request.number for request in requests])
-        self.target.prefill(
-            [request.sequence for request in requests],
-            [upload(request.tokens[:-1], device) for request in requests],
-            chunk=self.prefill_chunk,
-        )
-        self.stats.prompt_tokens += sum(len(request.tokens) for request in requests)
+    def _account(self) -> None:
+        for owner, count in asdict(self.target.cache.usage()).items():
+            self.stats.bytes[owner] = max(self.stats.bytes.get(owner, 0), count)
 
-    def _end(self, requests: Sequence[Request]) -> None:
-        running = [request for request in requests if request.sequence >= 0]
-        with self._turn():
+    def _pass(self) -> list[Emission]:
+        pieces, lanes = self._make_room(), self._current_lanes()
+        if not lanes and not pieces:
+            return []
+        try:
+            with self._watch.phase("draft"):
+                proposals = [self._propose(lane) for lane in lanes]
+            load = Load(lanes, proposals, pieces)
+            leased = self.target.cache.speculate(load.sequences, load.rows)
+        except OutOfPages as error:  # of a drafter's own cache, or trees deeper than was asked for
+            self._begin_again(lanes, error)
+            return []
+        with leased as lease:
+            starts = lease.lengths
+            plan = load.plan(lease)
+            with self._watch.phase("forward" if lanes else "prefill"):
+                logits = self.target.forward(load.tokens(plan.slots.device), plan, keep=load.keep)
+            with self._watch.phase("accept"):
+                outcomes = self._verify(load, logits, starts)
+            with self._watch.phase("commit"):
+                lease.commit(stacked([outcome.paths for outcome in outcomes]))
+        decided = [read(*pair) for pair in zip(proposals, outcomes, strict=True)]
+        for lane, verdict in zip(lanes, decided, strict=True):
+            self._check_outcome(lane, verdict.paths, verdict.tokens)
+        kept = [len(path) for verdict in decided for path in verdict.paths]
+        lease.settle([*kept, *(count for _, count in pieces)])
+        self.scheduler.prefilled(pieces)
+        parts = zip(lanes, proposals, decided, strict=True)
+        return [emission for part in parts for emission in self._emit(*part)]
+
+    def _verify(self, load: Load, logits: Tensor, starts: Tensor) -> list[Outcome]:
+        """What the rule of each lane keeps of its trees; the lanes' rows come first, in order."""
+        outcomes, row, line = [], 0, 0
+        for lane, trees in zip(load.lanes, load.proposals, strict=True):
+            here, roots = logits[row:][: len(trees.tokens)], starts[line:][: len(lane.requests)]
+            policy = lane.policy
+            scores = policy.sampler.probs(here) if policy.rule.samples else here
+            outcomes.append(policy.rule.verify(trees, scores, Noise(lane.seeds, roots + 1)))
+            row, line = row + len(here), line + len(roots)
+        return outcomes
+
+    def _make_room(self) -> list[tuple[Request, int]]:
+        """Pages for the largest trees and the next pieces of prompts, by preempting if need be."""
+        scheduler, cache = self.scheduler, self.target.cache
+        while True:
+            lanes = self._current_lanes()
+            trees = sum(lane.policy.nodes * len(lane.requests) for lane in lanes)
+            pieces = scheduler.pieces(max(self.step_tokens - trees, cache.pool.page_size))
+            sequences = [number for lane in lanes for number in lane.sequences]
+            rows = [  # one that ends with its next token needs no drafts
+                lane.policy.nodes if len(request.tokens) + 1 < request.max_length else 1
+                for lane in lanes
+                for request in lane.requests
+            ]
             try:
-                self.drafter.end([request.number for request in running])
-            finally:
-                for request in running:
-                    self.target.cache.release(request.sequence)
-                    request.sequence = -1
+                cache.reserve(
+                    [*sequences, *(request.sequence for request, _ in pieces)],
+                    [*rows, *(count for _, count in pieces)],
+                )
+            except OutOfPages as error:
+                self._preempt(error)
+            else:
+                return pieces
 
-    def _step(self, requests: Sequence[Request], watch: Stopwatch) -> list[Emission]:
+    def _preempt(self, error: OutOfPages) -> None:
+        """Stops the youngest request so that others can go on; one that is alone cannot."""
+        request = self.scheduler.preempt()
+        if not self.scheduler.running:
+            self.scheduler.waiting.remove(request)
+            self.stats.preemptions -= 1
+            request.error = error
+
+    def _begin_again(self, lanes: Sequence[Lane], error: OutOfPages) -> None:
+        """Preempts after a drafter ran out of pages, half-way through a proposal."""
+        for lane in lanes:
+            lane.policy.drafter.end(lane.numbers)
+        for lane in lanes:
+            lane.policy.drafter.begin(lane.numbers)
+        self._preempt(error)
+
+    def _current_lanes(self) -> list[Lane]:
+        scheduler = self.scheduler
+        if self._lanes_of != scheduler.changes:
+            members: dict[int, list[Request]] = {}
+            for request in scheduler.running:
+                if not request.missing:
+                    members.setdefault(id(scheduler.policy_of(request)), []).append(request)
+            self._lanes = [self._lane(requests) for requests in members.values()]
+            self._lanes_of = scheduler.changes
+        return self._lanes
+
+    def _lane(self, requests: list[Request]) -> Lane:
         device = self.target.device
-        sequences = tuple(request.sequence for request in requests)
-        seeds = upload([request.seed for request in requests], device)
-        numbers = tuple(request.number for request in requests)
+        return Lane(
+            self.scheduler.policy_of(requests[0]),
+            tuple(requests),
+            tuple(request.number for request in requests),
+            tuple(request.sequence for request in requests),
+            upload([request.seed for request in requests], device),
+            upload([request.max_length - 1 for request in requests], device),
+        )
+
+    def _propose(self, lane: Lane) -> TreeBatch:
+        keys = tuple(request.cache_key for request in lane.requests)
         context = DraftContext(
-            sequences=numbers,
-            tokens=tuple(tuple(request.tokens) for request in requests),
-            max_depths=tuple(
-                max(0, request.prompt_length + request.max_new_tokens - len(request.tokens) - 1)
-                for request in requests
-            ),
-            seeds=seeds,
-            sampler=self.sampler,
+            sequences=lane.numbers,
+            tokens=tuple(request.tokens for request in lane.requests),
+            max_depths=tuple(max(0, r.max_length - len(r.tokens) - 1) for r in lane.requests),
+            seeds=lane.seeds,
+            sampler=lane.policy.sampler,
             vocab_size=self.target.vocab_size,
-            device=device,
+            device=self.target.device,
+            cache_keys=keys if self.scheduler.prefix_cache else None,
         )
-        with watch.phase("draft"):
-            trees = self.drafter.propose(context, self.nodes)
-            self._check(trees, len(requests))
-        last_positions = upload(
-            [request.prompt_length + request.max_new_tokens - 1 for request in requests], device
-        )
-        with self.target.speculate(sequences, trees, last_positions=last_positions) as scored:
-            with watch.phase("forward"):
-                logits = scored.logits
-            with watch.phase("accept"):
-                target = self.sampler.probs(logits) if self.rule.samples else logits
-                outcome = self.rule.verify(trees, target, Noise(seeds, scored.lengths + 1))
-            with watch.phase("commit"):
-                scored.commit(outcome.paths)
-        paths, tokens, continued = _read(trees, outcome)
-        self._check_outcome(requests, paths, tokens)
-        scored.settle([len(path) for path in paths])
-        new = tuple(line[1:] for line in tokens)
-        self.drafter.observe(Observation(numbers, trees, paths, new))
+        trees = lane.policy.drafter.propose(context, lane.policy.nodes)
+        self._check(lane.policy, trees, len(lane.requests))
+        return trees
+
+    def _emit(
+        self,
+        lane: Lane,
+        trees: TreeBatch,
+        verdict: Verdict,
+    ) -> list[Emission]:
+        """Tells the drafter and the requests what became of their trees."""
+        paths, continued = verdict.paths, verdict.continued
+        new = tuple(line[1:] for line in verdict.tokens)
+        lane.policy.drafter.observe(Observation(lane.numbers, trees, paths, new))
         emissions = []
-        for index, request in enumerate(requests):
+        for index, request in enumerate(lane.requests):
+            request.cached += len(paths[index])
             taken = request.emit(new[index])
             accepted = min(len(paths[index]) - 1, len(taken))
             emission = Emission(request, taken, trees.sizes[index] - 1, accepted)
@@ -204,19 +286,19 @@ class Engine:
             emissions.append(emission)
         return emissions
 
-    def _check(self, trees: TreeBatch, count: int) -> None:
-        name = type(self.drafter).__name__
+    def _check(self, policy: Policy, trees: TreeBatch, count: int) -> None:
+        name = type(policy.drafter).__name__
         if not isinstance(trees, TreeBatch):
             raise TypeError(f"{name}.propose: expected a TreeBatch, got {type(trees).__name__}")
-        if len(trees.sizes) != count or max(trees.sizes) > self.nodes:
+        if len(trees.sizes) != count or max(trees.sizes) > policy.nodes:
             raise ValueError(
-                f"{name}.propose: expected {count} trees of at most {self.nodes} nodes, "
+                f"{name}.propose: expected {count} trees of at most {policy.nodes} nodes, "
                 f"got sizes {trees.sizes}"
             )
-        illegal = trees.laws_used - self.rule.legal_laws
+        illegal = trees.laws_used - policy.rule.legal_laws
         if illegal:
             raise ValueError(
-                f"{name}.propose: the rule {self.rule.name!r} is not lossless for "
+                f"{name}.propose: the rule {policy.rule.name!r} is not lossless for "
                 f"{', '.join(law.name.lower() for law in illegal)} proposals; set the drafter's "
                 "law, so that a legal rule is chosen"
             )
@@ -227,13 +309,13 @@ class Engine:
 
     def _check_outcome(
         self,
-        requests: Sequence[Request],
+        lane: Lane,
         paths: Sequence[Sequence[int]],
         tokens: Sequence[Sequence[int]],
     ) -> None:
         """Checks on the host what could not be checked before without waiting for the device."""
-        name = type(self.drafter).__name__
-        for index, request in enumerate(requests):
+        name = type(lane.policy.drafter).__name__
+        for index, request in enumerate(lane.requests):
             root, token = tokens[index][0], tokens[index][-1]
             if root != request.tokens[-1]:
                 raise ValueError(
@@ -246,31 +328,3 @@ class Engine:
                     "accepted nodes; its logits hold NaN or infinity, or the sampling options "
                     "leave no token"
                 )
-
-
-def _read(
-    trees: TreeBatch, outcome: Outcome
-) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...], list[bool]]:
-    """Brings an outcome to the host: one copy, the only time a step waits for the device.
-
-    Returns for each tree the nodes of its path, their tokens and the next token, and whether the
-    last node had children. Paths and tokens begin with the root.
-    """
-    rows = trees.offsets[:, None] + outcome.paths.clamp_min(0)
-    packed = torch.cat(
-        [
-            outcome.paths,
-            trees.tokens[rows],
-            outcome.next_tokens[:, None],
-            outcome.continued[:, None].long(),
-        ],
-        dim=1,
-    )
-    width = outcome.paths.shape[1]
-    paths, tokens, continued = [], [], []
-    for line in packed.tolist():
-        path = tuple(node for node in line[:width] if node >= 0)
-        paths.append(path)
-        tokens.append((*line[width : width + len(path)], line[2 * width]))
-        continued.append(bool(line[2 * width + 1]))
-    return tuple(paths), tuple(tokens), continued

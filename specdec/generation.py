@@ -7,7 +7,7 @@ every option means what it means there, and one that is not supported is refused
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,9 @@ from transformers.generation.stopping_criteria import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from specdec.engine import Emission, Engine, Request
+from specdec.engine import Engine
 from specdec.noise import split_seeds
+from specdec.request import Emission, Request
 from specdec.sampling import Sampler
 from specdec.stats import GenerationStats
 from specdec.stopping import Stopping
@@ -82,7 +83,7 @@ ALTERNATIVES = {
     "cache_implementation": "the paged tree cache takes the place of every other",
     "custom_generate": "call the unwrapped model with custom_generate",
     "inputs_embeds": "pass input_ids: trees are made of token ids",
-    "num_beams": "use do_sample with num_return_sequences",
+    "num_beams": "beams leave nothing to verify; search with branches, examples/beam_search.py",
     "output_attentions": "call the model itself on the generated sequences",
     "output_hidden_states": "call the model itself on the generated sequences",
     "output_logits": "call the model itself on the generated sequences",
@@ -159,7 +160,7 @@ class Call:
         first = eos[0] if isinstance(eos, list) else eos
         return 0 if first is None else int(first)
 
-    def requests(self, seed: int) -> list[Request]:
+    def requests(self, seed: int, cache_key: Hashable = None) -> list[Request]:
         """One request for each row, without its padding."""
         stopping = Stopping(self.input_ids, self.criteria)
         width = self.input_ids.shape[1]
@@ -170,7 +171,8 @@ class Call:
             mask = self.attention_mask
             padding = 0 if mask is None else int((mask[row] == 0).sum())
             text = self.input_ids[row, padding:].tolist()
-            requests.append(Request(text, new, row_seed, stopping.of_row(row)))
+            stops = stopping.of_row(row)
+            requests.append(Request(text, new, row_seed, stops, cache_key=cache_key))
         return requests
 
     def sequences(self, requests: Sequence[Request]) -> Tensor:
@@ -266,13 +268,14 @@ def _check_options(config: GenerationConfig) -> None:
 
 
 def _check_model_inputs(input_ids: Tensor, mask: Tensor | None, given: dict[str, Any]) -> None:
-    known = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+    caches = {"past_key_values", "cache"}  # the name until transformers 5.23, and since
+    known = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", *caches}
     for name, value in given.items():
         if name not in known and value is not None:
             raise refuse(name, value)
-    cache = given.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise refuse("past_key_values", cache)
+    for name in caches & given.keys():
+        if given[name] is not None and given[name].get_seq_length() > 0:
+            raise refuse("past_key_values", given[name])
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ValueError(
             f"input_ids: expected [B, L] with at least one token, got {list(input_ids.shape)}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels import cache as kernels
+from specdec.transfer import upload
 
 TRASH_PAGE = 0
 """Rows that belong to no sequence write here. Nothing ever reads it for a real row."""
@@ -114,6 +115,15 @@ class PagePool:
         """Pages that exist and belong to nobody."""
         return len(self._free)
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in all layers together."""
+        return sum(
+            tensor[:, 0].numel() * tensor.element_size()
+            for group in self.groups
+            for tensor in (group.keys, group.values)
+        )
+
     def layer(self, index: int) -> LayerPages:
         """Where a layer's keys and values lie."""
         group, place = self._place[index]
@@ -160,6 +170,10 @@ class PagePool:
         """Whether more than one owner holds the page."""
         return self._references[page] > 1
 
+    def references(self, page: int) -> int:
+        """How many owners hold the page."""
+        return self._references[page]
+
     def free(self, pages: Sequence[int]) -> None:
         """Drops one reference from each page; a page without references can be handed out again.
 
@@ -193,6 +207,17 @@ class PagePool:
             else:
                 for pages in (group.keys, group.values):
                     kernels.move_rows(pages, here.flatten(), there.flatten())
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copies whole pages of every layer, for owners that part (copy on write).
+
+        Args:
+            sources, targets: page ids, as many of each; no page is in both.
+        """
+        for group in self.groups:
+            here, there = upload(sources, group.shape.device), upload(targets, group.shape.device)
+            for pages in (group.keys, group.values):
+                kernels.copy_pages(pages, here, there)
 
     def check_integrity(self, owned: Sequence[Sequence[int]]) -> None:
         """Checks that every page is free or owned as often as it is referenced.

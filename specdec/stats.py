@@ -26,6 +26,16 @@ class GenerationStats:
     tokens: int = 0
     """Tokens emitted, cut at the end of sequence or the length limit."""
     prompt_tokens: int = 0
+    prefilled_tokens: int = 0
+    """Tokens that were computed before a request could decode."""
+    reused_tokens: int = 0
+    """Tokens whose K and V were there: from earlier texts, or from requests that begin alike."""
+    preemptions: int = 0
+    """Requests that were stopped for lack of pages and began again."""
+    evicted_pages: int = 0
+    """Pages of earlier texts that were given up."""
+    bytes: dict[str, int] = field(default_factory=dict)
+    """The most bytes each owner had when a request ended: see `CacheUsage`."""
     drafted: int = 0
     """Nodes proposed, roots not counted."""
     accepted: int = 0
@@ -41,6 +51,14 @@ class GenerationStats:
             steps=self.steps + other.steps,
             tokens=self.tokens + other.tokens,
             prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            prefilled_tokens=self.prefilled_tokens + other.prefilled_tokens,
+            reused_tokens=self.reused_tokens + other.reused_tokens,
+            preemptions=self.preemptions + other.preemptions,
+            evicted_pages=self.evicted_pages + other.evicted_pages,
+            bytes={
+                owner: max(self.bytes.get(owner, 0), other.bytes.get(owner, 0))
+                for owner in self.bytes | other.bytes
+            },
             drafted=self.drafted + other.drafted,
             accepted=self.accepted + other.accepted,
             reached=self.reached + other.reached,
@@ -51,6 +69,12 @@ class GenerationStats:
             },
             rule=self.rule if self.rule == other.rule else "mixed",
         )
+
+    @property
+    def hit_rate(self) -> float:
+        """Reused tokens as a share of those that requests needed before they could decode."""
+        needed = self.reused_tokens + self.prefilled_tokens
+        return self.reused_tokens / needed if needed else 0.0
 
     @property
     def tokens_per_step(self) -> float:
@@ -99,6 +123,12 @@ class GenerationStats:
             "steps": self.steps,
             "tokens": self.tokens,
             "prompt_tokens": self.prompt_tokens,
+            "prefilled_tokens": self.prefilled_tokens,
+            "reused_tokens": self.reused_tokens,
+            "hit_rate": self.hit_rate,
+            "preemptions": self.preemptions,
+            "evicted_pages": self.evicted_pages,
+            "bytes": dict(self.bytes),
             "drafted": self.drafted,
             "accepted": self.accepted,
             "tokens_per_step": self.tokens_per_step,
@@ -122,6 +152,7 @@ class GenerationStats:
         table.add_row("tokens per step", f"{self.tokens_per_step:.2f}")
         table.add_row("drafted, accepted", f"{self.drafted}, {self.accepted}")
         table.add_row("acceptance by depth", by_depth or "nothing drafted")
+        table.add_row("prompt", f"{self.prefilled_tokens} computed, {self.reused_tokens} reused")
         table.add_row("speed", f"{self.tokens_per_second:.1f} tokens/s in {total:.2f} s")
         table.add_row("time", f"{shares}; loop around the forward {self.loop_overhead:.0%} of it")
         return table

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from specdec.engine import Request
+from specdec.request import Request
 
 
 class Stopping:

@@ -6,8 +6,9 @@ forward and restored after it.
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, get_args
 from weakref import WeakKeyDictionary
@@ -29,8 +30,12 @@ from specdec.hooks import (
     attention_name,
     configs_of,
 )
+from specdec.identity import Weights
 from specdec.pages import LayerShape, PagePool
 from specdec.support import UnsupportedModel, causal_model, check_model
+
+CACHED_SHARE = 10
+"""The part of the device's memory that texts which are over may take, as its inverse."""
 
 _LOCKS: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
 """One lock for each model: the name of its attention changes for the time of a forward."""
@@ -47,6 +52,8 @@ class Target:
             working as before.
         page_size: tokens in a page of the cache.
         max_pages: upper bound for the cache; None to grow as needed.
+        max_cached_bytes: what the cache keeps of texts that are over, at most; a tenth of the
+            device's memory by default.
         backend: the backend of tree attention.
         last_position: positions behind this one are held there. For a draft model, whose guesses
             may be poor but must not fail, when the target's text outgrows it.
@@ -61,6 +68,7 @@ class Target:
         *,
         page_size: int = 16,
         max_pages: int | None = None,
+        max_cached_bytes: int | None = None,
         backend: Backend = "auto",
         last_position: int | None = None,
     ) -> None:
@@ -74,9 +82,21 @@ class Target:
         self.device = _input_device(self.model)
         self._configs = configs_of(self.model)
         self._no_cache = PassThroughCache()
+        self.weights = Weights(self.model)
         with torch.inference_mode(False):  # tensors that outlive the caller's inference mode
             layers, self.vocab_size = self._probe()
-            self.cache = TreeKVCache(PagePool(layers, page_size, max_pages), self.device)
+            pool = PagePool(layers, page_size, max_pages)
+            if max_cached_bytes is None:
+                max_cached_bytes = _memory(self.device) // CACHED_SHARE
+            self.cache = TreeKVCache(pool, self.device, max_cached_bytes=max_cached_bytes)
+
+    def weights_state(self) -> Hashable:
+        """What cached K and V depend on besides the tokens; forgets what can never match again."""
+        before = self.weights.generation
+        state = self.weights.state()
+        if self.weights.generation != before:
+            self.cache.prefixes.clear()
+        return state
 
     @torch.no_grad()
     def _probe(self) -> tuple[list[LayerShape], int]:
@@ -250,3 +270,12 @@ def _input_device(model: PreTrainedModel) -> torch.device:
     if device.type == "meta":  # offloaded by accelerate, whose hook says where the layer runs
         device = torch.device(embeddings._hf_hook.execution_device)
     return device
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of memory that a device has, used or not."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if not hasattr(os, "sysconf"):  # Windows does not say without further libraries
+        return 8 * 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from specdec.attention import Backend
+from specdec.branching import Branch, check_weights, grow
 from specdec.cache import TreeKVCache
 from specdec.drafting import Drafter
 from specdec.engine import Engine
@@ -24,11 +25,15 @@ from specdec.generation import (
     SpeculativeOutput,
     Step,
     prepare,
+    refuse,
     run,
     stop_string_criteria,
     stream,
 )
 from specdec.pages import check_count
+from specdec.request import Policy, Request
+from specdec.sampling import Sampler
+from specdec.serving import ServingEngine
 from specdec.support import causal_model, check_length
 from specdec.target import Target
 from specdec.tree import MAX_NODES
@@ -42,7 +47,12 @@ FLUENT = {"apply", "eval", "requires_grad_", "to", "train", "type", "cpu", "cuda
 }
 """Methods of a module that return the module: on a wrapped model they return the wrapper."""
 
-OWN = frozenset({"drafter", "nodes", "rule", "_model", "_target", "_target_key", "_target_options"})
+OWN = frozenset({"drafter", "nodes", "rule", "prefix_cache"}) | {
+    "_model",
+    "_target",
+    "_target_key",
+    "_target_options",
+}
 
 
 def wrap(
@@ -53,6 +63,8 @@ def wrap(
     nodes: int | None = None,
     page_size: int = 16,
     max_pages: int | None = None,
+    prefix_cache: bool = True,
+    max_cached_bytes: int | None = None,
     backend: Backend = "auto",
 ) -> SpeculativeModel:
     """Makes a model's `generate()` speculative without changing what it generates.
@@ -68,6 +80,10 @@ def wrap(
             pass over more rows costs more; `specdec demo` shows how to choose.
         page_size: tokens in a page of the KV cache.
         max_pages: upper bound for the cache's pages; None to grow as needed.
+        prefix_cache: keep the K and V of texts that are over, so that a later one that begins alike
+            computes only the rest.
+        max_cached_bytes: for how much of that there is room, at most; by default a tenth of the
+            device's memory.
         backend: the backend of tree attention.
 
     Raises:
@@ -81,6 +97,8 @@ def wrap(
         nodes=nodes,
         page_size=page_size,
         max_pages=max_pages,
+        prefix_cache=prefix_cache,
+        max_cached_bytes=max_cached_bytes,
         backend=backend,
     )
 
@@ -88,12 +106,13 @@ def wrap(
 class SpeculativeModel:
     """A wrapped model: `generate` and `stream` are speculative, all else is the model's own.
 
-    `drafter`, `rule` and `nodes` may be changed between calls.
+    `drafter`, `rule`, `nodes` and `prefix_cache` may be changed between calls.
     """
 
     drafter: Drafter
     rule: str
     nodes: int
+    prefix_cache: bool
     _model: Any
     _target: Target | None
     _target_options: dict[str, Any]
@@ -106,9 +125,11 @@ class SpeculativeModel:
         *,
         rule: str,
         nodes: int | None,
+        prefix_cache: bool,
         **target_options: Any,
     ) -> None:
         self._model = model
+        self.prefix_cache = prefix_cache
         self._target_options = target_options
         self._target, self._target_key = None, None
         device = self._driven().device
@@ -142,6 +163,7 @@ class SpeculativeModel:
         seed: int | None = None,
         generator: torch.Generator | None = None,
         tokenizer: Any = None,
+        cache_key: Hashable = None,
         **options: Any,
     ) -> Tensor | SpeculativeOutput:
         """transformers' `generate()`, with its options, shapes, padding and return types.
@@ -154,6 +176,9 @@ class SpeculativeModel:
                 generator, so that `transformers.set_seed` works.
             generator: to draw the seed from.
             tokenizer: needed with `stop_strings`.
+            cache_key: only calls with equal keys reuse each other's prompts; give every tenant its
+                own, since how long a prompt takes tells whether somebody has sent it before
+                (InputSnatch, arXiv 2411.18191).
             options: everything else `generate()` takes: `attention_mask`, `max_new_tokens`,
                 `do_sample`, `temperature`, `top_k`, `top_p`, `eos_token_id`, `stop_strings`,
                 `num_return_sequences`, `return_dict_in_generate`, ...
@@ -169,7 +194,7 @@ class SpeculativeModel:
         call = self._prepare(
             inputs, generation_config, logits_processor, stopping_criteria, tokenizer, options
         )
-        return self._run(call, streamer, seed, generator)
+        return self._run(call, streamer, seed, generator, cache_key)
 
     def stream(
         self,
@@ -181,6 +206,7 @@ class SpeculativeModel:
         seed: int | None = None,
         generator: torch.Generator | None = None,
         tokenizer: Any = None,
+        cache_key: Hashable = None,
         **options: Any,
     ) -> Iterator[Step]:
         """Like `generate`, but yields every step: new tokens, drafted and accepted nodes by row.
@@ -192,7 +218,50 @@ class SpeculativeModel:
             inputs, generation_config, logits_processor, stopping_criteria, tokenizer, options
         )
         engine = self._engine(call)
-        return stream(engine, call.requests(_seed(call, seed, generator)))
+        return stream(engine, call.requests(_seed(call, seed, generator), cache_key))
+
+    def branch(self, tokens: Sequence[int] | Tensor, *, cache_key: Hashable = None) -> Branch:
+        """A text that can be forked, extended, scored and pruned; see `extend` and `Branch`.
+
+        Args:
+            tokens: the ids of the prompt, [L] or [1, L].
+            cache_key: as in `generate`.
+        """
+        return Branch.plant(self._driven(), _one_prompt(tokens).tolist(), cache_key)
+
+    def extend(
+        self,
+        branches: Sequence[Branch],
+        *,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> None:
+        """Lets branches go on, all together and speculatively; they hold the longer texts then.
+
+        Args:
+            branches: each at most once, of this model.
+            seed, generator, tokenizer, options: as in `generate`; every branch draws its own
+                tokens.
+        """
+        target = self._driven()
+        if any(branch._target is not target for branch in branches):
+            raise ValueError("branches: expected those of this model as it is now, got others")
+        if not branches or len({branch.sequence for branch in branches}) < len(branches):
+            raise ValueError(f"branches: expected each at most once, got {list(branches)}")
+        check_weights(branches)
+        if options.get("num_return_sequences", 1) != 1:
+            raise refuse("num_return_sequences", options["num_return_sequences"])
+        width = max(len(branch.tokens) for branch in branches)
+        ids = torch.zeros(len(branches), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, branch in enumerate(branches):
+            ids[row, width - len(branch.tokens) :] = torch.tensor(branch.tokens)
+            mask[row, width - len(branch.tokens) :] = 1
+        options["attention_mask"] = mask.to(target.device)
+        call = self._prepare(ids.to(target.device), None, None, None, tokenizer, options)
+        grow(branches, call, self._engine(call), _seed(call, seed, generator))
 
     def _prepare(
         self,
@@ -226,10 +295,57 @@ class SpeculativeModel:
     def without_drafts(self) -> SpeculativeModel:
         """The same model in the same loop with an empty tree: the baseline to compare with."""
         return SpeculativeModel(
-            self._wrapped(), "none", rule="auto", nodes=1, **self._target_options
+            self._wrapped(),
+            "none",
+            rule="auto",
+            nodes=1,
+            prefix_cache=self.prefix_cache,
+            **self._target_options,
         )
 
-    def _engine(self, call: Call) -> Engine:
+    def engine(self, *, step_tokens: int = 512, max_running: int | None = None) -> ServingEngine:
+        """Continuous batching: requests are submitted one by one and share every pass.
+
+        Args:
+            step_tokens: rows of one pass, at most, if the trees alone are not more.
+            max_running: requests that run at once; None for as many as there is room for.
+        """
+        return ServingEngine(
+            self, step_tokens=step_tokens, max_running=max_running, prefix_cache=self.prefix_cache
+        )
+
+    def _request(
+        self,
+        tokens: Sequence[int] | Tensor,
+        *,
+        drafter: object,
+        rule: str | None,
+        nodes: int | None,
+        seed: int | None,
+        generator: torch.Generator | None,
+        tokenizer: Any,
+        cache_key: Hashable,
+        options: dict[str, Any],
+    ) -> tuple[Request, Policy]:
+        """One request from the options of `generate`, and how it is decoded."""
+        ids = _one_prompt(tokens).to(self._driven().device)[None]
+        for name in ("num_return_sequences", "attention_mask"):
+            if options.get(name) not in (None, 1):
+                raise refuse(name, options[name])
+        options = {**options, "attention_mask": torch.ones_like(ids)}
+        call = self._prepare(ids, None, None, None, tokenizer, options)
+        policy = self._policy(call, drafter, rule, nodes)
+        (request,) = call.requests(_seed(call, seed, generator), cache_key)
+        return request, policy
+
+    def _policy(
+        self,
+        call: Call,
+        drafter: object = None,
+        rule: str | None = None,
+        nodes: int | None = None,
+    ) -> Policy:
+        """How a call is decoded; what is not given is the model's."""
         target = self._driven()
         if target.model.training:
             raise RuntimeError(
@@ -237,8 +353,19 @@ class SpeculativeModel:
                 "call model.eval() first"
             )
         check_length(target.model, call.max_length)
-        rule = select_rule(self.rule, self.drafter.law, do_sample=call.sampler.do_sample)
-        return Engine(target, self.drafter, rule, call.sampler, nodes=self.nodes)
+        name = self.rule if rule is None else rule
+        chosen = self.drafter if drafter is None else _resolve_drafter(drafter, name)
+        if nodes is not None:
+            check_count("nodes", nodes, MAX_NODES)
+        accepts = select_rule(name, chosen.law, do_sample=call.sampler.do_sample)
+        return Policy(chosen, accepts, call.sampler, self.nodes if nodes is None else nodes)
+
+    def _greedy_policy(self) -> Policy:
+        rule = select_rule(self.rule, self.drafter.law, do_sample=False)
+        return Policy(self.drafter, rule, Sampler(), self.nodes)
+
+    def _engine(self, call: Call) -> Engine:
+        return Engine(self._driven(), self._policy(call), prefix_cache=self.prefix_cache)
 
     def _run(
         self,
@@ -246,9 +373,11 @@ class SpeculativeModel:
         streamer: BaseStreamer | None,
         seed: int | None,
         generator: torch.Generator | None,
+        cache_key: Hashable,
     ) -> Tensor | SpeculativeOutput:
         engine = self._engine(call)
-        return run(call, engine, call.requests(_seed(call, seed, generator)), streamer)
+        requests = call.requests(_seed(call, seed, generator), cache_key)
+        return run(call, engine, requests, streamer)
 
     def unwrap(self) -> Any:
         """Frees the cache and returns the model that was wrapped."""
@@ -306,6 +435,7 @@ class Generate:
         tokenizer: Any = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
+        cache_key: Hashable = None,
         **wrap_options: Any,
     ) -> None:
         self._drafter = drafter
@@ -313,6 +443,7 @@ class Generate:
         self._criteria = stop_string_criteria(stop_strings, tokenizer)
         self._seed = seed
         self._generator = generator
+        self._cache_key = cache_key
         self._wrap_options = wrap_options
         self._wrapped: SpeculativeModel | None = None
 
@@ -325,6 +456,7 @@ class Generate:
         tokenizer: Any = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
+        cache_key: Hashable = None,
         **wrap_options: Any,
     ) -> Generate:
         """The same function with settings; `wrap_options` are those of `specdec.wrap`.
@@ -338,6 +470,7 @@ class Generate:
             tokenizer=tokenizer,
             seed=seed,
             generator=generator,
+            cache_key=cache_key,
             **wrap_options,
         )
 
@@ -363,11 +496,22 @@ class Generate:
             wrapped = wrap(model, self._drafter, **self._wrap_options)
         if self is not generate:
             self._wrapped = wrapped
-        return wrapped._run(call, self._streamer, self._seed, self._generator)
+        return wrapped._run(call, self._streamer, self._seed, self._generator, self._cache_key)
 
 
 generate = Generate()
 """`model.generate(..., custom_generate=specdec.generate)`: n-gram trees; see `Generate.with_`."""
+
+
+def _one_prompt(tokens: Sequence[int] | Tensor) -> Tensor:
+    """[L] int64 from one prompt, [L] or [1, L]."""
+    ids = torch.as_tensor(tokens, dtype=torch.int64)
+    if ids.ndim not in (1, 2) or (ids.ndim == 2 and len(ids) != 1) or not ids.numel():
+        raise ValueError(
+            "tokens: expected one prompt of at least one token, [L] or [1, L], "
+            f"got {list(ids.shape)}"
+        )
+    return ids.flatten()
 
 
 def _seed(call: Call, seed: int | None, generator: torch.Generator | None) -> int:

@@ -1,5 +1,6 @@
 """The paged cache against a plain dictionary, and speculation as a transaction."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from specdec.batch import TreeBatch
 from specdec.cache import NULL_SEQUENCE, Speculation, TreeKVCache
 from specdec.kernels import cache as kernels
 from specdec.pages import LayerShape, OutOfPages, PagePool
+from specdec.prefix_tree import Pin
 from specdec.transfer import upload
 from specdec.tree import TokenTree
 
@@ -57,80 +59,177 @@ def read(cache: TreeKVCache, sequence: int) -> list[list[float]]:
     return out
 
 
+def poison_free_pages(cache: TreeKVCache) -> None:
+    """Whatever is read from pages that belong to nobody shows."""
+    for group in cache.pool.groups:
+        group.keys[:, cache.pool._free] = torch.nan
+        group.values[:, cache.pool._free] = torch.nan
+
+
+Text = tuple[str, tuple[int, ...]]
+
+
 class CacheMachine(RuleBasedStateMachine):
-    """Random operations on several sequences, compared with lists of numbers."""
+    """Random operations on several sequences, compared with a dictionary of what they hold.
+
+    What is written for a token depends on its key and on all tokens before it, as K and V do. Texts
+    are made of two tokens, so that they often begin alike.
+    """
+
+    texts = st.lists(st.integers(0, 1), max_size=14)
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache = new_cache()
-        self.model: dict[int, list[float]] = {}
-        self.mark = 1.0
+        self.cache = new_cache(page_size=2, max_pages=40)
+        self.model: dict[int, Text] = {}
+        self.marks: dict[Text, float] = {}
+        self.pins: list[tuple[Pin, Text]] = []
 
-    def fresh(self, count: int) -> torch.Tensor:
-        marks = torch.arange(count) + self.mark
-        self.mark += count
-        return marks
+    def mark(self, key: str, tokens: Sequence[int]) -> float:
+        return self.marks.setdefault((key, tuple(tokens)), float(len(self.marks) + 1))
 
-    @rule()
-    def admit(self) -> None:
-        if len(self.model) < 5:
-            sequence = self.cache.admit()
-            assert sequence not in self.model
-            assert sequence != NULL_SEQUENCE
-            self.model[sequence] = []
+    def sequence(self, data: st.DataObject) -> int:
+        return data.draw(st.sampled_from(sorted(self.model)))
+
+    def add(self, sequence: int, text: Text) -> None:
+        assert sequence not in self.model
+        assert sequence != NULL_SEQUENCE
+        self.model[sequence] = text
+
+    @precondition(lambda self: len(self.model) < 5)
+    @rule(prompt=texts, key=st.sampled_from("ab"), later=st.booleans())
+    def admit(self, prompt: list[int], key: str, later: bool) -> None:
+        sequence = self.cache.admit() if later else self.cache.admit(prompt, key=key)
+        if later:
+            self.cache.adopt(sequence, prompt, key=key)
+        known = self.cache.length_bound(sequence)
+        assert known % 2 == 0
+        self.add(sequence, (key, tuple(prompt[:known])))
+
+    @precondition(lambda self: self.model and len(self.model) < 5)
+    @rule(data=st.data(), cut=st.booleans())
+    def fork(self, data: st.DataObject, cut: bool) -> None:
+        parent = self.sequence(data)
+        key, tokens = self.model[parent]
+        length = data.draw(st.integers(0, len(tokens))) if cut else None
+        if parent in self.unsettled():
+            with pytest.raises(RuntimeError, match="closed and settled"):
+                self.cache.fork(parent, length)
+        else:
+            self.add(self.cache.fork(parent, length), (key, tokens[:length]))
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
-        sequence = data.draw(st.sampled_from(sorted(self.model)))
-        pages = list(self.cache._sequences[sequence].pages)
+    def prune(self, data: st.DataObject) -> None:
+        sequence = self.sequence(data)
+        key, tokens = self.model[sequence]
+        length = data.draw(st.integers(0, len(tokens)))
+        if sequence not in self.unsettled():
+            self.cache.prune(sequence, length)
+            self.model[sequence] = (key, tokens[:length])
+
+    def unsettled(self) -> set[int]:
+        return {s for s in self.model if self.cache._sequences[s].unsettled}
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), remembered=st.booleans())
+    def release(self, data: st.DataObject, remembered: bool) -> None:
+        sequence = self.sequence(data)
+        if remembered:
+            self.cache.remember(sequence, self.model[sequence][1])
         self.cache.release(sequence)
-        for group in self.cache.pool.groups:  # whatever is read from freed pages shows
-            group.keys[:, pages] = torch.nan
-            group.values[:, pages] = torch.nan
         del self.model[sequence]
 
     @precondition(lambda self: self.model)
-    @rule(data=st.data(), settle=st.booleans())
+    @rule(data=st.data())
+    def remember(self, data: st.DataObject) -> None:
+        sequence = self.sequence(data)
+        self.cache.remember(sequence, [*self.model[sequence][1], 0, 1])
+
+    @rule(pages=st.integers(1, 9))
+    def evict(self, pages: int) -> None:
+        before = self.cache.pool.num_free
+        assert self.cache.prefixes.evict(pages) == self.cache.pool.num_free - before <= pages
+
+    @rule(prompt=texts, key=st.sampled_from("ab"))
+    def pin(self, prompt: list[int], key: str) -> None:
+        if self.pins:
+            self.pins.pop()[0].release()
+        else:
+            pin = self.cache.prefixes.pin(prompt, key)
+            self.pins.append((pin, (key, tuple(prompt[: 2 * len(pin.pages)]))))
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), settle=st.sampled_from([True, True, False]))
     def speculate(self, data: st.DataObject, settle: bool) -> None:
         chosen = data.draw(st.lists(st.sampled_from(sorted(self.model)), min_size=1, unique=True))
-        rows = [data.draw(st.integers(1, 9)) for _ in chosen]
-        how = data.draw(st.sampled_from(["path", "all", "nothing", "error"]))
+        rows = [data.draw(st.integers(1, 7)) for _ in chosen]
+        how = data.draw(st.sampled_from(["path", "path", "all", "nothing", "error"]))
+        kept: list[list[int]] = [[] for _ in rows]
+        if how == "all":
+            kept = [list(range(count)) for count in rows]
+        if how == "path":
+            kept = [sorted(data.draw(st.sets(st.integers(0, count - 1)))) for count in rows]
+        after, marks = dict(self.model), torch.full((sum(rows),), -1.0)
+        for sequence, path, start in zip(chosen, kept, offsets(rows), strict=True):
+            key, tokens = self.model[sequence]
+            for row in path:
+                tokens = (*tokens, data.draw(st.integers(0, 1)))
+                marks[start + row] = self.mark(key, tokens)
+            after[sequence] = (key, tokens)
         try:
             with self.cache.speculate(chosen, rows) as lease:
-                plan = lease.plan_chains()
-                marks = self.fresh(sum(rows))
-                write(self.cache, plan.slots, marks)
+                self.cache.check_integrity()
+                write(self.cache, lease.plan_chains().slots, marks)
                 if how == "error":
                     raise KeyboardInterrupt
                 if how == "all":
                     lease.commit()
-                    kept = [list(range(count)) for count in rows]
-                elif how == "path":
-                    kept = [sorted(data.draw(st.sets(st.integers(0, count - 1)))) for count in rows]
+                if how == "path":
                     width = max(1, *(len(path) for path in kept))
                     lease.commit(torch.tensor([path + [-1] * (width - len(path)) for path in kept]))
-                else:
-                    kept = [[] for _ in rows]
         except KeyboardInterrupt:
-            kept = [[] for _ in rows]
+            pass
+        except OutOfPages as error:
+            used = {page for m in self.cache._sequences.values() for page in m.pages}
+            used.update(page for pin, _ in self.pins for page in pin.pages)
+            if error.have != 40 - len(used):
+                raise AssertionError("what was only cached was not evicted") from error
+            return
         if settle and how in ("path", "all"):
             lease.settle([len(path) for path in kept])
-        for sequence, path, start in zip(chosen, kept, offsets(rows), strict=True):
-            self.model[sequence] += [float(marks[start + row]) for row in path]
+        self.model = after
 
     @invariant()
     def same_contents(self) -> None:
         self.cache.check_integrity()
-        for sequence, marks in self.model.items():
-            assert all(layer == marks for layer in read(self.cache, sequence))
+        poison_free_pages(self.cache)
+        for sequence, (key, tokens) in self.model.items():
+            expected = [self.mark(key, tokens[: at + 1]) for at in range(len(tokens))]
+            assert all(layer == expected for layer in read(self.cache, sequence))
+        for pin, (key, tokens) in self.pins:
+            assert self.cache.prefixes.match(tokens, key) == pin.pages
+        usage = self.cache.usage()
+        total = usage.committed + usage.speculative + usage.cached + usage.free
+        assert total == self.cache.pool.num_pages * self.cache.pool.page_bytes
+
+    def teardown(self) -> None:
+        for sequence in self.model:
+            self.cache.release(sequence)
+        for pin, _ in self.pins:
+            pin.release()
+        self.cache.prefixes.clear()
+        self.cache.check_integrity()
+        assert self.cache.pool.num_free == self.cache.pool.num_pages
 
 
 def offsets(rows: list[int]) -> list[int]:
     return [sum(rows[:index]) for index in range(len(rows))]
 
 
-CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+CacheMachine.TestCase.settings = settings(
+    max_examples=200, stateful_step_count=50, deadline=None, derandomize=True
+)
 TestCacheMachine = CacheMachine.TestCase
 
 
@@ -270,6 +369,30 @@ def test_a_failure_while_reserving_reserves_nothing(
     cache.check_integrity()
     with cache.speculate(sequences, [30, 30]) as lease:
         lease.commit()
+    cache.check_integrity()
+
+
+def test_a_failure_while_forking_opens_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = new_cache()
+    parent = cache.admit()
+    with cache.speculate([parent], [6]) as lease:
+        lease.commit()
+    cache.remember(parent, range(6))
+
+    def failing(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("specdec.cache.upload", failing)
+        starts: list[Callable[[], int]] = [
+            lambda: cache.fork(parent),
+            lambda: cache.admit(range(6)),
+            lambda: cache.view(parent, [1]),
+        ]
+        for start in starts:
+            with pytest.raises(KeyboardInterrupt):
+                start()
+            assert cache.sequences == [parent]
     cache.check_integrity()
 
 

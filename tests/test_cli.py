@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,6 +62,27 @@ def test_a_model_drafts_on_a_shape_and_sampling_is_seeded() -> None:
     assert first["tokens"] == second["tokens"]
     assert first["stats"]["rule"] == "multi-round"
     assert first["stats"]["acceptance_by_depth"]["1"] > 0.9
+
+
+def test_a_chat_computes_only_what_is_new() -> None:
+    questions = "What is the capital of France?\nAnd of Italy?\n\n"
+    result = run("chat", "--max-new-tokens", "12", "--dtype", "float32", input=questions)
+    assert result.exit_code == 0
+    assert "Paris" in result.stdout
+    notes = re.findall(r"(\d+) prompt tokens computed, (\d+) reused", result.stderr)
+    (first, none), (_, reused) = ((int(a), int(b)) for a, b in notes)
+    assert none == 0
+    assert reused >= first // 16 * 16 > 0, "all full pages of the first turn"
+
+
+def test_debug_cache_draws_the_prefix_tree(tmp_path: Path) -> None:
+    file = tmp_path / "tree.svg"
+    result = run("debug", "cache", "Name a color.", "Name a bird.", "--svg", str(file))
+    assert result.exit_code == 0
+    assert "key 1" in result.stdout
+    assert result.stdout.count("pages:") == 3, "what both begin with, and the rest of each"
+    assert "reused" in result.stdout
+    assert file.read_text().count("<rect") == 3
 
 
 @pytest.mark.parametrize(

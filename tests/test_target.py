@@ -104,6 +104,7 @@ def test_greedy_tokens_equal_those_of_transformers(name: str) -> None:
         cache = wrapped.cache
         cache.check_integrity()
         assert not cache.sequences
+        cache.prefixes.clear()
         assert cache.pool.num_free == cache.pool.num_pages
     assert model.config._attn_implementation == before
     assert torch.equal(greedy(model, prompts), expected)

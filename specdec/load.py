@@ -1,0 +1,137 @@
+"""What one pass of the model carries: trees of several lanes, then pieces of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from specdec.attention import AttentionPlan
+from specdec.batch import TreeBatch
+from specdec.bits import chain_words
+from specdec.request import Policy, Request
+from specdec.speculation import Speculation
+from specdec.transfer import upload
+from specdec.verify import Outcome
+
+
+@dataclass(frozen=True)
+class Lane:
+    """The decoding requests of one policy, as arrays; rebuilt when they change."""
+
+    policy: Policy
+    requests: tuple[Request, ...]
+    numbers: tuple[int, ...]
+    sequences: tuple[int, ...]
+    seeds: Tensor  # [B] int64
+    last_positions: Tensor  # [B] int64
+
+
+@dataclass(frozen=True)
+class Load:
+    """The rows of one pass: the trees of each lane, then (request, tokens to prefill)."""
+
+    lanes: Sequence[Lane]
+    proposals: Sequence[TreeBatch]
+    pieces: Sequence[tuple[Request, int]]
+
+    @property
+    def sequences(self) -> list[int]:
+        """Those that rows are leased for, in order."""
+        decoding = [number for lane in self.lanes for number in lane.sequences]
+        return decoding + [request.sequence for request, _ in self.pieces]
+
+    @property
+    def rows(self) -> list[int]:
+        """How many rows each sequence gets."""
+        sizes = [size for trees in self.proposals for size in trees.sizes]
+        return sizes + [count for _, count in self.pieces]
+
+    def tokens(self, device: torch.device) -> Tensor:
+        """[R] int64."""
+        parts = [trees.tokens for trees in self.proposals]
+        texts = [r.tokens[r.cached : r.cached + count] for r, count in self.pieces]
+        if texts:
+            parts.append(upload([token for text in texts for token in text], device))
+        return torch.cat(parts)
+
+    @cached_property
+    def keep(self) -> int | Tensor:
+        """Whose logits are needed, as `Target.forward` takes it: those of the trees."""
+        if not self.pieces:
+            return 0
+        if not self.lanes:
+            return 1  # none, but models want to compute some
+        rows = sum(len(trees.tokens) for trees in self.proposals)
+        return torch.arange(rows, device=self.proposals[0].device)
+
+    def plan(self, lease: Speculation) -> AttentionPlan:
+        """Trees first, then pieces of prompts, which are chains."""
+        lanes, proposals, pieces = self.lanes, self.proposals, self.pieces
+        if not lanes:
+            return lease.plan_chains()
+        device = proposals[0].device
+        chains = [torch.arange(count) for _, count in pieces]
+        nodes = [trees.nodes for trees in proposals]
+        depths = [trees.depths for trees in proposals]
+        words = [trees.ancestors for trees in proposals]
+        lasts = [lane.last_positions[t.tree] for lane, t in zip(lanes, proposals, strict=True)]
+        if pieces:
+            places = upload(torch.cat(chains), device)
+            nodes.append(places)
+            depths.append(places)
+            words.append(chain_words(places, max(count for _, count in pieces)))
+            ends = [request.max_length for request, count in pieces for _ in range(count)]
+            lasts.append(upload(ends, device))
+        width = max(word.shape[1] for word in words)
+        if len(words) > 1:
+            width = 1 << (width - 1).bit_length()  # few widths: kernels are compiled for each
+        padded = [torch.nn.functional.pad(word, (0, width - word.shape[1])) for word in words]
+        plan = lease.plan(lease.rows, torch.cat(nodes), torch.cat(depths), torch.cat(padded))
+        # Nodes behind the last position a request may fill cannot matter.
+        return plan.held(torch.cat(lasts))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An outcome on the host, by tree. Paths and tokens begin with the root."""
+
+    paths: tuple[tuple[int, ...], ...]
+    tokens: tuple[tuple[int, ...], ...]
+    """Those of the path, then the next token."""
+    continued: tuple[bool, ...]
+    """Whether the last node had children."""
+
+
+def read(trees: TreeBatch, outcome: Outcome) -> Verdict:
+    """Brings an outcome to the host: one copy, the only time a step waits for the device."""
+    rows = trees.offsets[:, None] + outcome.paths.clamp_min(0)
+    packed = torch.cat(
+        [
+            outcome.paths,
+            trees.tokens[rows],
+            outcome.next_tokens[:, None],
+            outcome.continued[:, None].long(),
+        ],
+        dim=1,
+    )
+    width = outcome.paths.shape[1]
+    paths, tokens, continued = [], [], []
+    for line in packed.tolist():
+        path = tuple(node for node in line[:width] if node >= 0)
+        paths.append(path)
+        tokens.append((*line[width : width + len(path)], line[2 * width]))
+        continued.append(bool(line[2 * width + 1]))
+    return Verdict(tuple(paths), tuple(tokens), tuple(continued))
+
+
+def stacked(paths: Sequence[Tensor]) -> Tensor | None:
+    """[B, D] paths of several lanes under each other, -1 behind the last."""
+    if not paths:
+        return None
+    width = max(path.shape[1] for path in paths)
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(path, (0, width - path.shape[1]), value=-1) for path in paths])

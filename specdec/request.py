@@ -1,0 +1,108 @@
+"""What runs through the engine: a text to continue, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from specdec.drafting import Drafter
+from specdec.sampling import Sampler
+from specdec.verify import AcceptanceRule
+
+
+@dataclass(frozen=True, eq=False)
+class Policy:
+    """How requests are decoded. Those of one policy are drafted and verified together.
+
+    Args:
+        drafter: proposes trees.
+        rule: keeps a path of each; legal for the drafter's law.
+        sampler: the sampling options.
+        nodes: largest tree to propose, the root included.
+    """
+
+    drafter: Drafter
+    rule: AcceptanceRule
+    sampler: Sampler
+    nodes: int
+
+
+@dataclass(eq=False)
+class Request:
+    """One text to continue.
+
+    Args:
+        tokens: the prompt; grows with every token emitted.
+        max_new_tokens: at least 1.
+        seed: of its position-keyed randomness.
+        stops: asked after every token, with the request as it then is.
+        policy: how it is decoded; the engine's by default.
+        cache_key: only requests of equal keys share what was computed before.
+    """
+
+    tokens: list[int]
+    max_new_tokens: int
+    seed: int
+    stops: Callable[[Request], bool]
+    policy: Policy | None = None
+    cache_key: Hashable = None
+    origin: int | None = None
+    """A sequence of the cache that holds a beginning of it, if it does not have to be found."""
+    heir: Callable[[int], object] | None = None
+    """Is given its sequence when it is finished, which is released otherwise."""
+    prompt_length: int = field(init=False)
+    number: int = field(init=False, default_factory=count().__next__)
+    """Never given twice, so that a drafter can serve several runs at once; rises with arrival."""
+    finished: bool = False
+    error: Exception | None = None
+    """Why it ended without being finished, if it did."""
+    sequence: int = -1
+    """In the target's cache while it runs, else -1."""
+    cached: int = 0
+    """Tokens committed there."""
+    key: Hashable = None
+    """Under which its tokens are cached while it runs: `cache_key` and the weights' state."""
+
+    def __post_init__(self) -> None:
+        if not self.tokens:
+            raise ValueError("tokens: expected a prompt of at least one token, got none")
+        self.prompt_length = len(self.tokens)
+
+    @property
+    def emitted(self) -> list[int]:
+        """The tokens behind the prompt."""
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def max_length(self) -> int:
+        """Prompt and new tokens, at most."""
+        return self.prompt_length + self.max_new_tokens
+
+    @property
+    def missing(self) -> int:
+        """Tokens before the root that are still to be prefilled; 0 for one that can decode."""
+        return len(self.tokens) - 1 - self.cached
+
+    def emit(self, tokens: Sequence[int]) -> list[int]:
+        """Takes tokens until one ends the text; returns those taken."""
+        taken: list[int] = []
+        for token in tokens:
+            self.tokens.append(token)
+            taken.append(token)
+            if self.stops(self) or len(self.tokens) >= self.max_length:
+                self.finished = True
+                break
+        return taken
+
+
+@dataclass(frozen=True)
+class Emission:
+    """What one step gave one request."""
+
+    request: Request
+    tokens: list[int]
+    drafted: int
+    """Nodes proposed, the root not counted."""
+    accepted: int
+    """Nodes accepted, the root not counted, nor what lay behind the end of the text."""

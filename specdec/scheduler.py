@@ -1,0 +1,217 @@
+"""Which requests run: admission by common prefix, prefill in pieces, preemption when pages run out.
+
+The order of service is the order of arrival, but requests that share pages with those that run go
+first, so that prefixes are used while they are there (BatchLLM, arXiv 2412.03594). That may happen
+to the oldest request `PATIENCE` times, and it is the last to be preempted, so every request ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from specdec.cache import TreeKVCache
+from specdec.request import Policy, Request
+from specdec.stats import GenerationStats
+from specdec.target import Target
+
+PATIENCE = 16
+"""Requests that may overtake the oldest one that waits."""
+
+
+class Scheduler:
+    """The requests that wait and those that run, and the cache's pages between them.
+
+    Args:
+        target: the model and its cache.
+        policy: of requests that bring none.
+        stats: where prompts, reuse and preemptions are counted.
+        prefix_cache: whether what was computed for one request is used for others.
+        max_running: requests that run at once; None for as many as there is room for.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        policy: Policy,
+        stats: GenerationStats,
+        *,
+        prefix_cache: bool,
+        max_running: int | None,
+    ) -> None:
+        self.target = target
+        self.policy = policy
+        self.stats = stats
+        self.prefix_cache = prefix_cache
+        self.max_running = max_running
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        """In the depth-first order of their prefix tree, in which neighbours share most."""
+        self.crowded = False
+        """Pages ran out since the last request ended: letting others in would not last."""
+        self._prefilling: list[Request] = []
+        self._prefilling_of = -1  # the changes after which they were found
+        self._overtaken = (-1, 0)  # the oldest that waits, and by how many
+        self.changes = 0
+        """Grows whenever a request begins or ends to decode."""
+
+    @property
+    def cache(self) -> TreeKVCache:
+        return self.target.cache
+
+    def policy_of(self, request: Request) -> Policy:
+        return request.policy or self.policy
+
+    def admit(self) -> None:
+        """Lets waiting requests run: those first that have most in common with the oldest running.
+
+        A request that begins like one whose prompt is still being computed waits for that, so that
+        nothing is computed twice.
+        """
+        if not self.waiting or (self.running and (self.crowded or self._full(0))):
+            return
+        weights = self.target.weights_state() if self.prefix_cache else None
+        size = self.cache.pool.page_size
+        head = min(self.waiting, key=lambda request: request.number)
+        like = min(self.running, key=lambda request: request.number, default=head).tokens
+        patient = self._overtaken[1] if self._overtaken[0] == head.number else 0
+        order = sorted(
+            self.waiting,
+            key=lambda r: (
+                r is not head or patient < PATIENCE,
+                -(_common(like, r.tokens) // size),
+                r.number,
+            ),
+        )
+        before, about = len(self.running), 0
+        for request in order:
+            if self._full(about):
+                break
+            if self.running and not self._fits(request):
+                self.crowded = True
+                break
+            if not self._start(request, (request.cache_key, weights)):
+                about += 1  # its place is kept
+        started = len(self.running) - before
+        if started:
+            self.running.sort(key=lambda request: (request.tokens, request.number))
+            self._overtaken = (head.number, patient + started)
+
+    def _full(self, about: int) -> bool:
+        """Whether no more may run, if so many are about to."""
+        return self.max_running is not None and len(self.running) + about >= self.max_running
+
+    def _fits(self, request: Request) -> bool:
+        """Whether there are pages for its text so far and one tree, if all that is cached goes."""
+        pool = self.cache.pool
+        if pool.max_pages is None:
+            return True
+        spare = pool.max_pages - pool.num_pages + pool.num_free
+        spare += self.cache.usage().cached // pool.page_bytes
+        ahead = sum(r.missing + self.policy_of(r).nodes for r in self.running)
+        need = len(request.tokens) + self.policy_of(request).nodes + ahead
+        return need <= spare * pool.page_size
+
+    def _start(self, request: Request, key: object) -> bool:
+        """Starts a request, unless another one is about to compute what it begins with."""
+        cache, text = self.cache, request.tokens[:-1]
+        request.key = key
+        leader, common = self._leader(request) if self.prefix_cache else (None, 0)
+        known = len(cache.prefixes.match(text, key)) if self.prefix_cache else 0
+        known *= cache.pool.page_size
+        given = 0 if request.origin is None else min(len(text), cache.length_bound(request.origin))
+        if leader is not None and common > max(known, given):
+            if leader.cached < common:
+                return False
+            request.sequence = cache.fork(leader.sequence, common)
+        elif request.origin is not None and given >= known:
+            request.sequence = cache.fork(request.origin, given)
+        elif self.prefix_cache:
+            request.sequence = cache.admit(text, key=key)
+        else:
+            request.sequence = cache.admit()
+        request.cached = cache.length_bound(request.sequence)
+        self.waiting.remove(request)
+        self.running.append(request)
+        self.stats.reused_tokens += request.cached
+        self.changes += 1
+        self.policy_of(request).drafter.begin([request.number])
+        return True
+
+    def _leader(self, request: Request) -> tuple[Request | None, int]:
+        """The running request with the most tokens in common, and how many before the root."""
+        size = self.cache.pool.page_size
+        best, most = None, 0
+        for other in self.running:
+            # Less than a page is computed as fast as it is copied.
+            if other.key != request.key or other.tokens[:size] != request.tokens[:size]:
+                continue
+            common = _common(other.tokens, request.tokens)
+            common = min(common, len(other.tokens) - 1, len(request.tokens) - 1)
+            if common > most:
+                best, most = other, common
+        return best, most
+
+    def pieces(self, room: int) -> list[tuple[Request, int]]:
+        """What to prefill in the next pass: the oldest requests, and how many tokens of each."""
+        if self._prefilling_of != self.changes:
+            prefilling = [request for request in self.running if request.missing]
+            self._prefilling = sorted(prefilling, key=lambda request: request.number)
+            self._prefilling_of = self.changes
+        pieces = []
+        for request in self._prefilling:
+            count = min(request.missing, room)
+            if count:
+                pieces.append((request, count))
+                room -= count
+        return pieces
+
+    def prefilled(self, pieces: Sequence[tuple[Request, int]]) -> None:
+        """Notes what was prefilled; whole prompts are there for others from now on."""
+        for request, count in pieces:
+            request.cached += count
+            self.stats.prefilled_tokens += count
+            if not request.missing:
+                self.changes += 1
+                if self.prefix_cache:
+                    self.cache.remember(request.sequence, request.tokens)
+
+    def preempt(self) -> Request:
+        """Stops the youngest running request; it waits, and what it loses is computed again."""
+        victim = max(self.running, key=lambda request: request.number)
+        self.stop(victim)
+        self.waiting.append(victim)
+        self.crowded = True
+        self.stats.preemptions += 1
+        return victim
+
+    def finish(self, request: Request) -> None:
+        """Stops a request that is over, which makes room for others."""
+        self.stop(request)
+        self.crowded = False
+
+    def stop(self, request: Request) -> None:
+        """Gives a running request's pages back; full ones stay in the prefix tree."""
+        try:
+            self.policy_of(request).drafter.end([request.number])
+        finally:
+            if self.prefix_cache:
+                self.cache.remember(request.sequence, request.tokens)
+            if request.finished and request.heir is not None:
+                request.heir(request.sequence)
+            else:
+                self.cache.release(request.sequence)
+            self.running.remove(request)
+            request.sequence, request.cached = -1, 0
+            self.changes += 1
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # comparing slices is fast
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
