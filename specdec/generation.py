@@ -266,13 +266,14 @@ def _check_options(config: GenerationConfig) -> None:
 
 
 def _check_model_inputs(input_ids: Tensor, mask: Tensor | None, given: dict[str, Any]) -> None:
-    known = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+    caches = {"past_key_values", "cache"}  # the name until transformers 5.23, and since
+    known = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", *caches}
     for name, value in given.items():
         if name not in known and value is not None:
             raise refuse(name, value)
-    cache = given.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise refuse("past_key_values", cache)
+    for name in caches & given.keys():
+        if given[name] is not None and given[name].get_seq_length() > 0:
+            raise refuse("past_key_values", given[name])
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ValueError(
             f"input_ids: expected [B, L] with at least one token, got {list(input_ids.shape)}"
