@@ -91,7 +91,7 @@ def _make_drafter(
             raise ValueError(f"--tree: {drafter} takes a number of nodes, got {tree!r}")
         return DRAFTERS[drafter](), nodes
     small, _ = _load(drafter, str(dtype).removeprefix("torch."), str(device))
-    return DraftModel(small, topology, sampled=rule == "multi-round"), nodes
+    return DraftModel(small, topology), nodes
 
 
 def _parse_topology(text: str) -> Topology:
@@ -128,7 +128,9 @@ def generate(
     tree: Annotated[
         str | None, typer.Option(help="Nodes (16) or, for a model, a shape: chain:5, 4,2,1.")
     ] = None,
-    rule: Annotated[str, typer.Option(help="auto, sample-and-match or multi-round.")] = "auto",
+    rule: Annotated[
+        str, typer.Option(help="auto, traversal, block, ...; see docs/verification.md.")
+    ] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="0 for no limit.")] = 0,

@@ -15,6 +15,7 @@ from specdec.sampling import Sampler
 from specdec.stats import GenerationStats, Stopwatch
 from specdec.target import Target
 from specdec.transfer import upload
+from specdec.tree import ProposalLaw
 from specdec.verify import AcceptanceRule, Noise, Outcome
 
 
@@ -87,6 +88,7 @@ class Engine:
         rule: keeps a path of each.
         sampler: the sampling options.
         nodes: largest tree to propose, the root included.
+        law: to draft under; by default the drafter's own.
         prefill_chunk: prompt tokens in one pass.
     """
 
@@ -98,6 +100,7 @@ class Engine:
         sampler: Sampler,
         *,
         nodes: int,
+        law: ProposalLaw | None = None,
         prefill_chunk: int = 512,
     ) -> None:
         self.target = target
@@ -105,8 +108,9 @@ class Engine:
         self.rule = rule
         self.sampler = sampler
         self.nodes = nodes
+        self.law = drafter.law if law is None else law
         self.prefill_chunk = prefill_chunk
-        self.stats = GenerationStats(rule=rule.name)
+        self.stats = GenerationStats(rule=rule.label)
 
     def run(self, requests: Sequence[Request]) -> Iterator[list[Emission]]:
         """Runs requests to their ends; yields after every step of those still running.
@@ -170,6 +174,8 @@ class Engine:
             sampler=self.sampler,
             vocab_size=self.target.vocab_size,
             device=device,
+            law=self.law,
+            chains=self.rule.chains,
         )
         with watch.phase("draft"):
             trees = self.drafter.propose(context, self.nodes)
@@ -219,6 +225,12 @@ class Engine:
                 f"{name}.propose: the rule {self.rule.name!r} is not lossless for "
                 f"{', '.join(law.name.lower() for law in illegal)} proposals; set the drafter's "
                 "law, so that a legal rule is chosen"
+            )
+        if self.rule.chains and trees.max_children > 1:
+            raise ValueError(
+                f"{name}.propose: the rule {self.rule.name!r} verifies chains, got a node with "
+                f"{trees.max_children} children; use rule='traversal', or draft chains where "
+                "`context.chains` is set"
             )
         if trees.device != self.target.device:
             raise ValueError(

@@ -54,6 +54,9 @@ class Sampler:
             scores = processor(None, scores)
         return scores.softmax(-1)
 
+    def draft_probs(self, logits: Tensor) -> Tensor:
+        return self.probs(logits)
+
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     """Draws one token from each distribution by inverting its cumulative sum.

@@ -29,10 +29,11 @@ from specdec.generation import (
     stream,
 )
 from specdec.pages import check_count
+from specdec.rules import check_rule, select_rule
 from specdec.support import causal_model, check_length
 from specdec.target import Target
 from specdec.tree import MAX_NODES
-from specdec.verify import RULES, select_rule
+from specdec.verify import AcceptanceRule
 
 FLUENT = {"apply", "eval", "requires_grad_", "to", "train", "type", "cpu", "cuda"} | {
     "bfloat16",
@@ -49,7 +50,7 @@ def wrap(
     model: Any,
     drafter: str | Drafter | PreTrainedModel = "ngram",
     *,
-    rule: str = "auto",
+    rule: str | AcceptanceRule = "auto",
     nodes: int | None = None,
     page_size: int = 16,
     max_pages: int | None = None,
@@ -62,7 +63,9 @@ def wrap(
             changed and keeps working on its own.
         drafter: `"ngram"`, `"none"`, a smaller Hugging Face model with the same tokenizer, or any
             `Drafter`.
-        rule: how sampled tokens are verified: `auto`, `sample-and-match`, `multi-round`. Greedy
+        rule: how sampled tokens are verified: `auto`, `sample-and-match`, `token-level`,
+            `multi-round`, `without-replacement`, `block`, `traversal`, or a rule of
+            `specdec.rules` with settings of its own. `typical` and `threshold` are lossy. Greedy
             decoding is always verified greedily.
         nodes: largest token tree, its root included; 8 on a CPU and 32 elsewhere by default. A
             pass over more rows costs more; `specdec demo` shows how to choose.
@@ -92,7 +95,7 @@ class SpeculativeModel:
     """
 
     drafter: Drafter
-    rule: str
+    rule: str | AcceptanceRule
     nodes: int
     _model: Any
     _target: Target | None
@@ -104,7 +107,7 @@ class SpeculativeModel:
         model: Any,
         drafter: str | Drafter | PreTrainedModel,
         *,
-        rule: str,
+        rule: str | AcceptanceRule,
         nodes: int | None,
         **target_options: Any,
     ) -> None:
@@ -237,8 +240,13 @@ class SpeculativeModel:
                 "call model.eval() first"
             )
         check_length(target.model, call.max_length)
-        rule = select_rule(self.rule, self.drafter.law, do_sample=call.sampler.do_sample)
-        return Engine(target, self.drafter, rule, call.sampler, nodes=self.nodes)
+        rule, law = select_rule(
+            self.rule,
+            self.drafter.law,
+            do_sample=call.sampler.do_sample,
+            can_draft=self.drafter.can_draft,
+        )
+        return Engine(target, self.drafter, rule, call.sampler, nodes=self.nodes, law=law)
 
     def _run(
         self,
@@ -272,9 +280,9 @@ class SpeculativeModel:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "drafter":
-            value = _resolve_drafter(value, self.rule)
-        elif name == "rule" and value not in ("auto", *RULES):
-            raise ValueError(f"rule: expected auto, {', '.join(RULES)}, got {value!r}")
+            value = _resolve_drafter(value)
+        elif name == "rule":
+            check_rule(value)
         elif name == "nodes":
             check_count("nodes", value, MAX_NODES)
         if name in OWN:
@@ -383,7 +391,7 @@ def _seed(call: Call, seed: int | None, generator: torch.Generator | None) -> in
     return int(torch.randint(2**62, (), generator=generator, device=device))
 
 
-def _resolve_drafter(drafter: object, rule: str) -> Drafter:
+def _resolve_drafter(drafter: object) -> Drafter:
     from specdec.drafters import DRAFTERS, DraftModel
 
     if isinstance(drafter, Drafter):
@@ -391,7 +399,7 @@ def _resolve_drafter(drafter: object, rule: str) -> Drafter:
     if isinstance(drafter, str) and drafter in DRAFTERS:
         return DRAFTERS[drafter]()
     if isinstance(drafter, torch.nn.Module):
-        return DraftModel(drafter, sampled=rule == "multi-round")
+        return DraftModel(drafter)
     shown = repr(drafter) if isinstance(drafter, str) else f"{drafter!r:.60}"
     raise ValueError(
         f"drafter: expected one of {', '.join(DRAFTERS)}, a model or a Drafter, got {shown}"

@@ -436,7 +436,7 @@ def test_trees_that_are_not_what_the_drafter_declares_are_refused(
             probs = torch.full((2, VOCAB), 1 / VOCAB)
             return TokenTree(root, parent, ProposalLaw.WITHOUT_REPLACEMENT, probs)
 
-    wrapped: Any = specdec.wrap(model, Liar())
+    wrapped: Any = specdec.wrap(model, Liar(), rule="multi-round")
     with pytest.raises(ValueError, match="'multi-round' is not lossless for without_replacement"):
         wrapped.generate(prompts, max_new_tokens=20, do_sample=True)
     assert_nothing_left(wrapped)
