@@ -94,9 +94,14 @@ class TreeBatch:
         return dense.scatter_add_(1, self.draft_tokens[rows], probs)  # padding adds nothing
 
     @cached_property
+    def known_parents(self) -> tuple[int, ...]:
+        """`parents` on the host; waits for the device if the host did not know them."""
+        return self.host_parents or tuple(self.parents.tolist())
+
+    @cached_property
     def _shape(self) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-        """Post-order and inner levels by row; waits for the device if the host knows no parents."""
-        known = self.host_parents or tuple(self.parents.tolist())
+        """Post-order and inner levels by row."""
+        known = self.known_parents
         order: list[int] = []
         levels: list[list[int]] = []
         start = 0

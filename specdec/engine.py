@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import torch
+from torch import Tensor
 
 from specdec.batch import TreeBatch
 from specdec.drafting import DraftContext, Drafter, Observation
-from specdec.sampling import Sampler
+from specdec.sampling import Sampler, Text
 from specdec.stats import GenerationStats, Stopwatch
 from specdec.target import Target
 from specdec.transfer import upload
@@ -40,6 +41,12 @@ class Request:
     finished: bool = False
     sequence: int = -1
     """In the target's cache while it runs, else -1."""
+    row: int = 0
+    """Of the batch passed to `generate`."""
+    padding: Sequence[int] = ()
+    """What stands before the prompt there: transformers' processors see it."""
+    error: str | None = None
+    """Why it ended early, if it did."""
 
     def __post_init__(self) -> None:
         if not self.tokens:
@@ -74,6 +81,19 @@ class Emission:
     """Nodes proposed, the root not counted."""
     accepted: int
     """Nodes accepted, the root not counted, nor what lay behind the end of the text."""
+    scores: Tensor | None = None
+    """[tokens, V] float32, what each token was chosen by, if the engine keeps them."""
+    logits: Tensor | None = None
+    """[tokens, V] float32, the same before processing."""
+
+
+class RequestError(ValueError):
+    """Some requests had no next token: the message names them and the nodes.
+
+    The others of the batch ran to their ends; `sequences` has what all of them emitted.
+    """
+
+    sequences: Tensor | None = None
 
 
 class Engine:
@@ -89,6 +109,7 @@ class Engine:
         sampler: the sampling options.
         nodes: largest tree to propose, the root included.
         law: to draft under; by default the drafter's own.
+        keep: whether emissions carry `scores` and `logits`.
         prefill_chunk: prompt tokens in one pass.
     """
 
@@ -101,6 +122,7 @@ class Engine:
         *,
         nodes: int,
         law: ProposalLaw | None = None,
+        keep: bool = False,
         prefill_chunk: int = 512,
     ) -> None:
         self.target = target
@@ -108,6 +130,7 @@ class Engine:
         self.rule = rule
         self.sampler = sampler
         self.nodes = nodes
+        self.keep = keep
         self.law = drafter.law if law is None else law
         self.prefill_chunk = prefill_chunk
         self.stats = GenerationStats(rule=rule.label)
@@ -116,6 +139,9 @@ class Engine:
         """Runs requests to their ends; yields after every step of those still running.
 
         However it is left - end, exception, closed iterator - no page stays behind.
+
+        Raises:
+            RequestError: at the end, when a request had no next token.
         """
         watch = Stopwatch(self.target.device, self.stats.seconds)
         try:
@@ -126,6 +152,9 @@ class Engine:
                     emissions = self._step(running, watch)
                 yield emissions
                 self._end([request for request in running if request.finished])
+            failed = [request.error for request in requests if request.error is not None]
+            if failed:
+                raise RequestError("; ".join(failed))
         finally:
             self._end(requests)
             watch.read()
@@ -187,20 +216,35 @@ class Engine:
             with watch.phase("forward"):
                 logits = scored.logits
             with watch.phase("accept"):
-                target = self.sampler.probs(logits) if self.rule.samples else logits
+                texts = [Text((*r.padding, *r.tokens), r.row) for r in requests]
+                scores = self.sampler.scores(logits, trees, texts)
+                target = self.sampler.probs(scores) if self.rule.samples else scores
                 outcome = self.rule.verify(trees, target, Noise(seeds, scored.lengths + 1))
             with watch.phase("commit"):
                 scored.commit(outcome.paths)
-        paths, tokens, continued = _read(trees, outcome)
-        self._check_outcome(requests, paths, tokens)
+        paths, tokens, continued, healthy = _read(trees, outcome, scores)
+        self._check_roots(requests, tokens)
         scored.settle([len(path) for path in paths])
-        new = tuple(line[1:] for line in tokens)
+        for index, request in enumerate(requests):
+            token = tokens[index][-1]
+            if not healthy[index] or not 0 <= token < self.target.vocab_size:
+                request.finished, request.error = True, _no_token(request, len(paths[index]) - 1)
+        new = tuple(
+            line[1:] if request.error is None else line[1:-1]
+            for request, line in zip(requests, tokens, strict=True)
+        )
         self.drafter.observe(Observation(numbers, trees, paths, new))
         emissions = []
         for index, request in enumerate(requests):
-            taken = request.emit(new[index])
+            taken = [] if request.error is not None else request.emit(new[index])
             accepted = min(len(paths[index]) - 1, len(taken))
             emission = Emission(request, taken, trees.sizes[index] - 1, accepted)
+            if self.keep:
+                start = sum(trees.sizes[:index])
+                rows = upload([start + node for node in paths[index][: len(taken)]], device)
+                emission = replace(
+                    emission, scores=scores[rows].float(), logits=logits[rows].float()
+                )
             self.stats.add_step(
                 drafted=emission.drafted,
                 accepted=emission.accepted,
@@ -237,52 +281,54 @@ class Engine:
                 f"{name}.propose: expected trees on {self.target.device}, got {trees.device}"
             )
 
-    def _check_outcome(
-        self,
-        requests: Sequence[Request],
-        paths: Sequence[Sequence[int]],
-        tokens: Sequence[Sequence[int]],
-    ) -> None:
+    def _check_roots(self, requests: Sequence[Request], tokens: Sequence[Sequence[int]]) -> None:
         """Checks on the host what could not be checked before without waiting for the device."""
         name = type(self.drafter).__name__
         for index, request in enumerate(requests):
-            root, token = tokens[index][0], tokens[index][-1]
+            root = tokens[index][0]
             if root != request.tokens[-1]:
                 raise ValueError(
                     f"{name}.propose: expected the root of tree {index} to be the last known "
                     f"token {request.tokens[-1]}, got {root}"
                 )
-            if not 0 <= token < self.target.vocab_size:
-                raise ValueError(
-                    f"request {index}: no token could be drawn after {len(paths[index]) - 1} "
-                    "accepted nodes; its logits hold NaN or infinity, or the sampling options "
-                    "leave no token"
-                )
+
+
+def _no_token(request: Request, accepted: int) -> str:
+    place = len(request.tokens) - request.prompt_length + accepted
+    return (
+        f"request {request.row}: no token could be drawn after {accepted} accepted nodes, for new "
+        f"token {place}; its logits hold NaN or infinity, or the sampling options and processors "
+        "leave no token"
+    )
 
 
 def _read(
-    trees: TreeBatch, outcome: Outcome
-) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...], list[bool]]:
+    trees: TreeBatch, outcome: Outcome, scores: Tensor
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...], list[bool], list[bool]]:
     """Brings an outcome to the host: one copy, the only time a step waits for the device.
 
-    Returns for each tree the nodes of its path, their tokens and the next token, and whether the
-    last node had children. Paths and tokens begin with the root.
+    Returns for each tree the nodes of its path, their tokens and the next token, whether the last
+    node had children, and whether every node of the path had a token to go on with. Paths and
+    tokens begin with the root.
     """
     rows = trees.offsets[:, None] + outcome.paths.clamp_min(0)
+    healthy = scores[rows].amax(-1).isfinite().all(1)
     packed = torch.cat(
         [
             outcome.paths,
             trees.tokens[rows],
             outcome.next_tokens[:, None],
             outcome.continued[:, None].long(),
+            healthy[:, None].long(),
         ],
         dim=1,
     )
     width = outcome.paths.shape[1]
-    paths, tokens, continued = [], [], []
+    paths, tokens, continued, good = [], [], [], []
     for line in packed.tolist():
         path = tuple(node for node in line[:width] if node >= 0)
         paths.append(path)
         tokens.append((*line[width : width + len(path)], line[2 * width]))
         continued.append(bool(line[2 * width + 1]))
-    return tuple(paths), tuple(tokens), continued
+        good.append(bool(line[2 * width + 2]))
+    return tuple(paths), tuple(tokens), continued, good

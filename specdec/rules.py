@@ -114,11 +114,12 @@ class Traversal(AcceptanceRule):
         order = trees.postorder
         count = len(trees.tokens)
         first = torch.full_like(trees.offsets, count).scatter_reduce(
-            0, trees.tree, torch.where(tries < accept, order, count), "amin"
+            0, trees.tree, torch.where(tries >= accept, count, order), "amin"
         )
-        # Rows by their place; a tree of NaNs accepts nothing, not even its root.
+        # A root's own test always succeeds. So does one against NaN: the step ends there, and its
+        # request with it.
         by_place = torch.empty_like(order).scatter_(0, order, torch.arange(count).to(order))
-        rows = torch.where(first < count, by_place[first.clamp_max(count - 1)], trees.offsets)
+        rows = by_place[first]
         law = _law(trees, target, rows, entered[rows])
         index = torch.arange(len(trees.sizes), device=trees.device)
         tokens = draw(law.residual, noise.at(index, trees.depths[rows], Purpose.SAMPLE))

