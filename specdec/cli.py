@@ -26,6 +26,7 @@ from specdec.eval.attention import cases, report
 from specdec.eval.compare import compare
 from specdec.eval.cost import measure_step
 from specdec.eval.prompts import DEMO_PROMPT, builtin_prompts
+from specdec.eval.verify_lossless import verify_lossless
 from specdec.generation import SpeculativeOutput
 from specdec.pages import OutOfPages
 from specdec.target import Target
@@ -183,6 +184,51 @@ def generate(
             print_json({"text": answer, "tokens": tokens, "stats": output.stats.to_dict()})
         else:
             err.print(output.stats)
+
+
+@app.command("verify-lossless")
+def verify_lossless_command(
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "Once upon a time",
+    model: Annotated[str, typer.Option(help="A name, a folder or a hub id.")] = models.DEFAULT,
+    drafter: Annotated[
+        str, typer.Option(help="ngram, none, or a smaller model (name, folder or hub id).")
+    ] = "ngram",
+    tree: Annotated[
+        str | None, typer.Option(help="Nodes, or for a model a shape: chain:5, 4,2,1.")
+    ] = None,
+    rule: Annotated[str, typer.Option(help="The rule to test.")] = "auto",
+    samples: Annotated[int, typer.Option(min=1)] = 1000,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each sample.")] = 3,
+    temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 for no limit.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    dtype: Annotated[str | None, typer.Option(help="float32 on a CPU.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Tests whether a drafter with a rule samples from the model's own distribution."""
+    with _readable_errors():
+        loaded, tokenizer = _load(model, dtype, device)
+        chosen, nodes = _make_drafter(drafter, tree, rule, loaded.device, loaded.dtype)
+        wrapped = specdec.wrap(loaded, chosen, rule=rule, nodes=nodes)
+        ids = _encode(tokenizer, prompt, raw=True)["input_ids"].to(loaded.device)
+        verdict = verify_lossless(
+            wrapped,
+            ids,
+            samples=samples,
+            tokens=tokens,
+            seed=seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        if as_json:
+            print_json(verdict.to_dict())
+        else:
+            out.print(verdict)
+        if not verdict.passed:
+            raise typer.Exit(1)
 
 
 def print_json(value: object) -> None:

@@ -158,6 +158,11 @@ def traversal_law(trees: TreeBatch, target: Tensor) -> tuple[Tensor, Tensor]:
     return entered[:count], accept[:count]
 
 
+def sibling_chances(trees: TreeBatch, target: Tensor, rows: Tensor) -> Tensor:
+    """[G, K], the chance that each child of some rows is accepted once those before it are not."""
+    return _law(trees, target, rows).chances
+
+
 def _law(
     trees: TreeBatch, target: Tensor, rows: Tensor, weight: Tensor | None = None
 ) -> SiblingLaw:

@@ -189,7 +189,7 @@ class Histories:
         self.texts = texts
         self.sizes = trees.sizes
         self.parents = trees.known_parents
-        self._tokens = trees.tokens
+        self.tokens = trees.tokens
         self._trees = [tree for tree, size in enumerate(trees.sizes) for _ in range(size)]
 
     @cached_property
@@ -212,10 +212,10 @@ class Histories:
                 length = len(self.texts[tree].tokens) + len(paths[node])
                 groups[length].append((start + node, tree, paths[node]))
             start += size
-        device = self._tokens.device
+        device = self.tokens.device
         known = [upload(list(text.tokens), device) for text in self.texts]
         for group in groups.values():
-            ids = [torch.cat([known[tree], self._tokens[path]]) for _, tree, path in group]
+            ids = [torch.cat([known[tree], self.tokens[path]]) for _, tree, path in group]
             yield upload([row for row, _, _ in group], device), torch.stack(ids)
 
 
@@ -259,11 +259,12 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
         uniforms: [...] float64 in [0, 1).
 
     Returns:
-        [...] int64, never a token of probability zero.
+        [...] int64, never a token of probability zero; any token where the probabilities are not
+        numbers or all zero.
     """
     cumulative = probs.double().cumsum(-1)
     threshold = (uniforms * cumulative[..., -1])[..., None]
     tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
     # The last token that has any probability: rounding must not carry a draw past it.
     last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous()).squeeze(-1)
-    return torch.minimum(tokens, last)
+    return torch.minimum(tokens, last).clamp_max(probs.shape[-1] - 1)

@@ -181,3 +181,19 @@ def test_test_drafters_do_what_they_say() -> None:
     spoiled = testing.OracleDrafter([text], corrupt=1.0, vocab_size=VOCAB).draft(text[:5], 9)
     assert [4, 5] in spoiled.paths()
     assert len(max(spoiled.paths(), key=len)) == 5
+
+
+def test_drafts_that_are_not_numbers_count_as_chosen() -> None:
+    model: Any = tiny_model("Llama")
+    broken: Any = small_model()
+    with torch.no_grad():
+        broken.lm_head.weight[5] = torch.nan
+    prompts = torch.randint(1, VOCAB, (2, 7))
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": True, "seed": 1}
+    plain: Any = specdec.wrap(model, "none")
+    for law in (ProposalLaw.IID, ProposalLaw.WITHOUT_REPLACEMENT):
+        drafter = DraftModel(broken, Topology.branching([2, 2]), law=law)
+        wrapped: Any = specdec.wrap(model, drafter, rule="sample-and-match", nodes=7)
+        assert torch.equal(wrapped.generate(prompts, **options), plain.generate(prompts, **options))
+        wrapped.rule = "traversal"
+        assert wrapped.generate(prompts, **options).shape == (2, 19)
