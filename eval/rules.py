@@ -221,7 +221,7 @@ def main(
                 )
                 if json_file is not None:
                     record = {
-                        "provenance": provenance(loaded) | {"module": "specdec.eval.rules"},
+                        "provenance": provenance(loaded, "specdec.eval.rules"),
                         "bits": bits,
                         "new": new,
                         "prompts": prompts,
