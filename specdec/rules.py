@@ -118,7 +118,8 @@ class Traversal(AcceptanceRule):
         )
         # A root's own test always succeeds. So does one against NaN: the step ends there, and its
         # request with it.
-        by_place = torch.empty_like(order).scatter_(0, order, torch.arange(count).to(order))
+        places = torch.arange(count, device=trees.device)
+        by_place = torch.empty_like(order).scatter_(0, order, places)
         rows = by_place[first]
         law = _law(trees, target, rows, entered[rows])
         index = torch.arange(len(trees.sizes), device=trees.device)
