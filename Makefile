@@ -8,7 +8,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/specdec demo
 
 test: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

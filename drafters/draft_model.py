@@ -14,6 +14,7 @@ from specdec.bits import ancestor_words
 from specdec.cache import Speculation
 from specdec.drafting import DraftContext, Drafter, Observation
 from specdec.noise import Purpose, uniform
+from specdec.pages import check_count
 from specdec.sampling import draw
 from specdec.support import causal_model, check_length
 from specdec.target import Target
@@ -53,24 +54,33 @@ class DraftModel(Drafter):
         model: a Hugging Face model whose token ids mean what the target's mean.
         topology: the shape to draft; by default the best for the node budget when acceptance
             falls from 0.6 by a factor of 4 from one sibling to the next.
-        sampled: draw children (law `IID`) with the run's sampling options when the run samples;
-            otherwise, and for greedy decoding, take the most likely ones.
+        law: how children come about in a sampled run under `rule="auto"`: the most likely ones, or
+            drawn with the run's sampling options, independently or without replacement. A rule
+            asked for by name may ask for the law it draws best with. Greedy decoding always takes
+            the most likely ones.
+        candidates: draw from that many of the most likely tokens at most, so that no probabilities
+            as wide as the vocabulary are kept.
         max_pages: upper bound for the draft model's cache.
     """
 
     model: Any
     topology: Topology | None = None
-    sampled: bool = False
+    law: ProposalLaw = ProposalLaw.DETERMINISTIC
+    candidates: int = 64
     max_pages: int | None = None
     _sequences: dict[int, _Sequence] = field(default_factory=dict, init=False, repr=False)
     _open: dict[tuple[int, ...], _OpenDraft] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.law = ProposalLaw.IID if self.sampled else ProposalLaw.DETERMINISTIC
+        check_count("candidates", self.candidates)
         config = causal_model(self.model).config.get_text_config(decoder=True)
         length = getattr(config, "max_position_embeddings", None)
         last = None if length is None else length - 1
         self._target = Target(self.model, max_pages=self.max_pages, last_position=last)
+
+    @property
+    def can_draft(self) -> frozenset[ProposalLaw]:
+        return frozenset(ProposalLaw)
 
     def begin(self, sequences: Sequence[int]) -> None:
         for sequence in sequences:
@@ -86,9 +96,9 @@ class DraftModel(Drafter):
 
     def propose(self, context: DraftContext, nodes: int) -> TreeBatch:
         self._check(context)
-        shape = self.topology or Topology.fading(nodes)
+        shape = self.topology or (Topology.chain if context.chains else Topology.fading)(nodes)
         shape = shape.cut(depth=max(0, *context.max_depths), nodes=nodes)
-        grown = _GrowingTrees(shape, context, sampled=self.sampled and context.sampler.do_sample)
+        grown = _GrowingTrees(shape, context, candidates=self.candidates)
         logits = self._catch_up(context)
         lease = None
         if len(shape) > 1:
@@ -207,7 +217,7 @@ class DraftModel(Drafter):
 class _GrowingTrees:
     """Trees of one shape for a whole batch, filled in level by level."""
 
-    def __init__(self, shape: Topology, context: DraftContext, *, sampled: bool) -> None:
+    def __init__(self, shape: Topology, context: DraftContext, *, candidates: int) -> None:
         self.shape = shape
         self.context = context
         batch, device = len(context.sequences), context.device
@@ -215,27 +225,38 @@ class _GrowingTrees:
         self.tokens = torch.zeros(batch, len(shape), dtype=torch.int64, device=device)
         self.tokens[:, 0] = roots
         self._lengths = upload([len(tokens) for tokens in context.tokens], device)
-        self._probs = (
-            torch.zeros(batch, len(shape), context.vocab_size, device=device) if sampled else None
-        )
+        self._candidates = min(candidates, context.vocab_size)
+        drawn = context.law != ProposalLaw.DETERMINISTIC
+        size = (batch, len(shape), self._candidates)
+        self._probs = torch.zeros(size, device=device) if drawn else None
+        self._names = torch.zeros(size, dtype=torch.int64, device=device) if drawn else None
 
     def add_children(self, level: tuple[int, ...], logits: Tensor) -> None:
         """Chooses or draws the children of some nodes, given [B, nodes, V] logits behind them."""
         for index, node in enumerate(level):
             children = [c for c, parent in enumerate(self.shape.parents) if parent == node]
-            if self._probs is None:
+            if self._probs is None or self._names is None:
                 self.tokens[:, children] = logits[:, index].topk(len(children)).indices
                 continue
-            probs = self.context.sampler.probs(logits[:, index])
-            self._probs[:, node] = probs
-            positions = self._lengths + self.shape.depths[node]
-            for rank, child in enumerate(children):
-                noise = uniform(self.context.seeds, positions, Purpose.DRAFT + rank)
-                self.tokens[:, child] = draw(probs, noise)
+            probs = self.context.sampler.draft_probs(logits[:, index])
+            probs, names = probs.topk(self._candidates)
+            probs = probs / probs.sum(1, keepdim=True)
+            self._probs[:, node], self._names[:, node] = probs, names
+            tried = torch.zeros_like(probs, dtype=torch.bool)
+            for child in children:
+                # Another step may draw for the same position: the numbers belong to this one.
+                noise = uniform(self.context.seeds, self._lengths, Purpose.DRAFT + child)
+                pick = draw(probs, noise)
+                if self.context.law == ProposalLaw.WITHOUT_REPLACEMENT:
+                    # When nothing is left to draw, the likeliest untried candidate is chosen.
+                    pick = torch.where(probs.sum(1) > 0, pick, (~tried).int().argmax(1))
+                    probs = probs.scatter(1, pick[:, None], 0.0)
+                    tried = tried.scatter(1, pick[:, None], True)
+                self.tokens[:, child] = names.gather(1, pick[:, None])[:, 0]
 
     def batch(self) -> TreeBatch:
         batch, device = len(self.context.sequences), self.context.device
-        law = ProposalLaw.DETERMINISTIC if self._probs is None else ProposalLaw.IID
+        law = ProposalLaw.DETERMINISTIC if self._probs is None else self.context.law
         widths = [self.shape.parents.count(node) for node in range(len(self.shape))]
         return TreeBatch(
             tokens=self.tokens.flatten(),
@@ -250,6 +271,8 @@ class _GrowingTrees:
             laws_used=frozenset({law}),
             max_depth=self.shape.depths[-1],
             max_children=max(widths),
+            draft_tokens=None if self._names is None else self._names.flatten(0, 1),
+            host_parents=self.shape.parents * batch,
         )
 
 

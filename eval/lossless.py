@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -188,12 +189,12 @@ class Suite:
                 tally.different.append(question.id)
 
 
-def provenance(model: Any) -> dict[str, object]:
+def provenance(model: Any, module: str = "specdec.eval.lossless") -> dict[str, object]:
     """Where and with what the numbers were made."""
     cuda = model.device.type == "cuda"
     return {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python -m specdec.eval.lossless", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "commit": _commit(),
         "device": torch.cuda.get_device_name(model.device) if cuda else platform.machine(),
         "threads": torch.get_num_threads(),

@@ -27,6 +27,7 @@ from specdec.eval.attention import cases, report
 from specdec.eval.compare import compare
 from specdec.eval.cost import measure_step
 from specdec.eval.prompts import DEMO_PROMPT, builtin_prompts
+from specdec.eval.verify_lossless import verify_lossless
 from specdec.generation import SpeculativeOutput
 from specdec.pages import OutOfPages
 from specdec.target import Target
@@ -95,7 +96,7 @@ def _make_drafter(
             raise ValueError(f"--tree: {drafter} takes a number of nodes, got {tree!r}")
         return DRAFTERS[drafter](), nodes
     small, _ = _load(drafter, str(dtype).removeprefix("torch."), str(device))
-    return DraftModel(small, topology, sampled=rule == "multi-round"), nodes
+    return DraftModel(small, topology), nodes
 
 
 def _parse_topology(text: str) -> Topology:
@@ -132,7 +133,9 @@ def generate(
     tree: Annotated[
         str | None, typer.Option(help="Nodes (16) or, for a model, a shape: chain:5, 4,2,1.")
     ] = None,
-    rule: Annotated[str, typer.Option(help="auto, sample-and-match or multi-round.")] = "auto",
+    rule: Annotated[
+        str, typer.Option(help="auto, traversal, block, ...; see docs/verification.md.")
+    ] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="0 for no limit.")] = 0,
@@ -279,6 +282,51 @@ def debug_cache(
         )
         if svg is not None:
             svg.write_text(picture.as_svg(tree, tokenizer.decode))
+
+
+@app.command("verify-lossless")
+def verify_lossless_command(
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "Once upon a time",
+    model: Annotated[str, typer.Option(help="A name, a folder or a hub id.")] = models.DEFAULT,
+    drafter: Annotated[
+        str, typer.Option(help="ngram, none, or a smaller model (name, folder or hub id).")
+    ] = "ngram",
+    tree: Annotated[
+        str | None, typer.Option(help="Nodes, or for a model a shape: chain:5, 4,2,1.")
+    ] = None,
+    rule: Annotated[str, typer.Option(help="The rule to test.")] = "auto",
+    samples: Annotated[int, typer.Option(min=1)] = 1000,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each sample.")] = 3,
+    temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 for no limit.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    dtype: Annotated[str | None, typer.Option(help="float32 on a CPU.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Tests whether a drafter with a rule samples from the model's own distribution."""
+    with _readable_errors():
+        loaded, tokenizer = _load(model, dtype, device)
+        chosen, nodes = _make_drafter(drafter, tree, rule, loaded.device, loaded.dtype)
+        wrapped = specdec.wrap(loaded, chosen, rule=rule, nodes=nodes)
+        ids = _encode(tokenizer, prompt, raw=True)["input_ids"].to(loaded.device)
+        verdict = verify_lossless(
+            wrapped,
+            ids,
+            samples=samples,
+            tokens=tokens,
+            seed=seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        if as_json:
+            print_json(verdict.to_dict())
+        else:
+            out.print(verdict)
+        if not verdict.passed:
+            raise typer.Exit(1)
 
 
 def print_json(value: object) -> None:

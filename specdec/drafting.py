@@ -22,10 +22,13 @@ class DraftContext:
     sequences: tuple[int, ...]  # numbers, the same from `begin` to `end` and never given twice
     tokens: tuple[Sequence[int], ...]  # all known tokens of each, prompt included, the root last
     max_depths: tuple[int, ...]  # deeper nodes could not be used before the length limit
-    seeds: Tensor  # [B] int64, for `noise.uniform`, with `Purpose.DRAFT`
+    seeds: Tensor  # [B] int64, for `noise.uniform`, with the length of the text as the position
+    # and `Purpose.DRAFT` plus the node: a step may look at drafts that the next one draws again
     sampler: Sampler  # the run's sampling options
     vocab_size: int
     device: torch.device  # where the trees must lie
+    law: ProposalLaw  # for drafters that can draft under several
+    chains: bool  # whether only chains can be verified
     cache_keys: tuple[Hashable, ...] | None = None  # who may share K and V; None: nobody
 
 
@@ -47,6 +50,11 @@ class Drafter(ABC):
     """
 
     law: ProposalLaw = ProposalLaw.DETERMINISTIC
+
+    @property
+    def can_draft(self) -> frozenset[ProposalLaw]:
+        """The laws that a rule may ask for in `DraftContext.law`."""
+        return frozenset({self.law})
 
     def begin(self, sequences: Sequence[int]) -> None:  # noqa: B027 - optional
         """Sequences start."""
@@ -86,7 +94,8 @@ class SequenceDrafter(Drafter):
                     f"{name}.draft: expected the root to be the last token {tokens[-1]}, "
                     f"got {int(tree.tokens[0])}"
                 )
-            trees.append(tree.cut(depth=depth))
+            tree = tree.cut(depth=depth)
+            trees.append(tree.first_chain() if context.chains else tree)
         return TreeBatch.pack(trees, vocab_size=context.vocab_size, device=context.device)
 
 

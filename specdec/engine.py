@@ -9,21 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
 
 from specdec.batch import TreeBatch
 from specdec.drafting import DraftContext, Observation
-from specdec.load import Lane, Load, Verdict, read, stacked
+from specdec.load import Judgement, Lane, Load, Verdict, read, stacked
 from specdec.pages import OutOfPages, check_count
-from specdec.request import Emission, Policy, Request
+from specdec.request import Emission, Policy, Request, RequestError
+from specdec.sampling import Text
 from specdec.scheduler import Scheduler
 from specdec.stats import GenerationStats, Stopwatch
 from specdec.target import Target
 from specdec.transfer import upload
-from specdec.verify import Noise, Outcome
+from specdec.verify import Noise
 
 
 class Engine:
@@ -55,7 +56,7 @@ class Engine:
             check_count("max_running", max_running)
         self.target = target
         self.step_tokens = step_tokens
-        self.stats = GenerationStats(rule=policy.rule.name)
+        self.stats = GenerationStats(rule=policy.rule.label)
         self.scheduler = Scheduler(
             target,
             policy,
@@ -118,6 +119,7 @@ class Engine:
 
         Raises:
             OutOfPages: one of them does not fit into the cache alone.
+            RequestError: at the end, when requests had no next token; the others ran on.
         """
         try:
             for request in requests:
@@ -125,10 +127,13 @@ class Engine:
             while any(not request.finished for request in requests):
                 emissions = self.step()
                 for request in requests:
-                    if request.error is not None:
+                    if request.error is not None and not isinstance(request.error, RequestError):
                         raise request.error
                 if emissions:
                     yield emissions
+            failed = [str(request.error) for request in requests if request.error is not None]
+            if failed:
+                raise RequestError("; ".join(failed))
         finally:
             self.cancel(requests)
             self._watch.read()
@@ -161,28 +166,31 @@ class Engine:
             with self._watch.phase("forward" if lanes else "prefill"):
                 logits = self.target.forward(load.tokens(plan.slots.device), plan, keep=load.keep)
             with self._watch.phase("accept"):
-                outcomes = self._verify(load, logits, starts)
+                judged = self._verify(load, logits, starts)
             with self._watch.phase("commit"):
-                lease.commit(stacked([outcome.paths for outcome in outcomes]))
-        decided = [read(*pair) for pair in zip(proposals, outcomes, strict=True)]
+                lease.commit(stacked([judgement.outcome.paths for judgement in judged]))
+        decided = [read(*pair) for pair in zip(proposals, judged, strict=True)]
         for lane, verdict in zip(lanes, decided, strict=True):
-            self._check_outcome(lane, verdict.paths, verdict.tokens)
+            self._check_roots(lane, verdict.tokens)
         kept = [len(path) for verdict in decided for path in verdict.paths]
         lease.settle([*kept, *(count for _, count in pieces)])
         self.scheduler.prefilled(pieces)
-        parts = zip(lanes, proposals, decided, strict=True)
+        parts = zip(lanes, proposals, judged, decided, strict=True)
         return [emission for part in parts for emission in self._emit(*part)]
 
-    def _verify(self, load: Load, logits: Tensor, starts: Tensor) -> list[Outcome]:
+    def _verify(self, load: Load, logits: Tensor, starts: Tensor) -> list[Judgement]:
         """What the rule of each lane keeps of its trees; the lanes' rows come first, in order."""
-        outcomes, row, line = [], 0, 0
+        judged, row, line = [], 0, 0
         for lane, trees in zip(load.lanes, load.proposals, strict=True):
             here, roots = logits[row:][: len(trees.tokens)], starts[line:][: len(lane.requests)]
             policy = lane.policy
-            scores = policy.sampler.probs(here) if policy.rule.samples else here
-            outcomes.append(policy.rule.verify(trees, scores, Noise(lane.seeds, roots + 1)))
+            texts = [Text((*r.padding, *r.tokens), r.row) for r in lane.requests]
+            scores = policy.sampler.scores(here, trees, texts)
+            target = policy.sampler.probs(scores) if policy.rule.samples else scores
+            outcome = policy.rule.verify(trees, target, Noise(lane.seeds, roots + 1))
+            judged.append(Judgement(outcome, scores, here))
             row, line = row + len(here), line + len(roots)
-        return outcomes
+        return judged
 
     def _make_room(self) -> list[tuple[Request, int]]:
         """Pages for the largest trees and the next pieces of prompts, by preempting if need be."""
@@ -255,6 +263,8 @@ class Engine:
             sampler=lane.policy.sampler,
             vocab_size=self.target.vocab_size,
             device=self.target.device,
+            law=lane.policy.law,
+            chains=lane.policy.rule.chains,
             cache_keys=keys if self.scheduler.prefix_cache else None,
         )
         trees = lane.policy.drafter.propose(context, lane.policy.nodes)
@@ -265,18 +275,32 @@ class Engine:
         self,
         lane: Lane,
         trees: TreeBatch,
+        judgement: Judgement,
         verdict: Verdict,
     ) -> list[Emission]:
         """Tells the drafter and the requests what became of their trees."""
         paths, continued = verdict.paths, verdict.continued
-        new = tuple(line[1:] for line in verdict.tokens)
+        for index, request in enumerate(lane.requests):
+            token = verdict.tokens[index][-1]
+            if not verdict.healthy[index] or not 0 <= token < self.target.vocab_size:
+                request.finished = True
+                request.error = RequestError(_no_token(request, len(paths[index]) - 1))
+        new = tuple(
+            line[1:] if request.error is None else line[1:-1]
+            for request, line in zip(lane.requests, verdict.tokens, strict=True)
+        )
         lane.policy.drafter.observe(Observation(lane.numbers, trees, paths, new))
         emissions = []
         for index, request in enumerate(lane.requests):
             request.cached += len(paths[index])
-            taken = request.emit(new[index])
+            taken = [] if request.error is not None else request.emit(new[index])
             accepted = min(len(paths[index]) - 1, len(taken))
             emission = Emission(request, taken, trees.sizes[index] - 1, accepted)
+            if lane.policy.keep:
+                start = sum(trees.sizes[:index])
+                rows = [start + node for node in paths[index][: len(taken)]]
+                scores, logits = judgement.of(upload(rows, self.target.device))
+                emission = replace(emission, scores=scores, logits=logits)
             self.stats.add_step(
                 drafted=emission.drafted,
                 accepted=emission.accepted,
@@ -302,29 +326,33 @@ class Engine:
                 f"{', '.join(law.name.lower() for law in illegal)} proposals; set the drafter's "
                 "law, so that a legal rule is chosen"
             )
+        if policy.rule.chains and trees.max_children > 1:
+            raise ValueError(
+                f"{name}.propose: the rule {policy.rule.name!r} verifies chains, got a node with "
+                f"{trees.max_children} children; use rule='traversal', or draft chains where "
+                "`context.chains` is set"
+            )
         if trees.device != self.target.device:
             raise ValueError(
                 f"{name}.propose: expected trees on {self.target.device}, got {trees.device}"
             )
 
-    def _check_outcome(
-        self,
-        lane: Lane,
-        paths: Sequence[Sequence[int]],
-        tokens: Sequence[Sequence[int]],
-    ) -> None:
+    def _check_roots(self, lane: Lane, tokens: Sequence[Sequence[int]]) -> None:
         """Checks on the host what could not be checked before without waiting for the device."""
         name = type(lane.policy.drafter).__name__
         for index, request in enumerate(lane.requests):
-            root, token = tokens[index][0], tokens[index][-1]
+            root = tokens[index][0]
             if root != request.tokens[-1]:
                 raise ValueError(
                     f"{name}.propose: expected the root of tree {index} to be the last known "
                     f"token {request.tokens[-1]}, got {root}"
                 )
-            if not 0 <= token < self.target.vocab_size:
-                raise ValueError(
-                    f"request {index}: no token could be drawn after {len(paths[index]) - 1} "
-                    "accepted nodes; its logits hold NaN or infinity, or the sampling options "
-                    "leave no token"
-                )
+
+
+def _no_token(request: Request, accepted: int) -> str:
+    place = len(request.tokens) - request.prompt_length + accepted
+    return (
+        f"request {request.row}: no token could be drawn after {accepted} accepted nodes, for new "
+        f"token {place}; its logits hold NaN or infinity, or the sampling options and processors "
+        "leave no token"
+    )

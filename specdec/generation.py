@@ -24,25 +24,48 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.engine import Engine
 from specdec.noise import split_seeds
-from specdec.request import Emission, Request
+from specdec.request import Emission, Request, RequestError
 from specdec.sampling import Sampler
 from specdec.stats import GenerationStats
 from specdec.stopping import Stopping
 
 SUPPORTED_OPTIONS = {
+    "bad_words_ids",
+    "begin_suppress_tokens",
     "bos_token_id",
     "do_sample",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
     "eos_token_id",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
     "max_length",
     "max_new_tokens",
     "max_time",
+    "min_length",
+    "min_new_tokens",
+    "min_p",
+    "no_repeat_ngram_size",
     "num_return_sequences",
+    "output_logits",
+    "output_scores",
     "pad_token_id",
+    "remove_invalid_values",
+    "renormalize_logits",
+    "repetition_penalty",
     "return_dict_in_generate",
+    "sequence_bias",
     "stop_strings",
+    "suppress_tokens",
     "temperature",
+    "top_h",
     "top_k",
     "top_p",
+    "typical_p",
+    "watermarking_config",
 }
 IRRELEVANT_OPTIONS = {
     # Options of features that are off, or refused by another name.
@@ -64,19 +87,7 @@ IRRELEVANT_OPTIONS = {
     "transformers_version",
     "use_cache",
 }
-NEUTRAL_VALUES: dict[str, object] = {
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "guidance_scale": 1,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "no_repeat_ngram_size": 0,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "typical_p": 1.0,
-}
+NEUTRAL_VALUES: dict[str, object] = {"guidance_scale": 1, "num_beams": 1}
 ALTERNATIVES = {
     "assistant_early_exit": "use drafter=specdec.drafters.DraftModel(model)",
     "assistant_model": "pass it as drafter= to specdec.wrap",
@@ -86,8 +97,6 @@ ALTERNATIVES = {
     "num_beams": "beams leave nothing to verify; search with branches, examples/beam_search.py",
     "output_attentions": "call the model itself on the generated sequences",
     "output_hidden_states": "call the model itself on the generated sequences",
-    "output_logits": "call the model itself on the generated sequences",
-    "output_scores": "call the model itself on the generated sequences",
     "past_key_values": "pass the whole text as input_ids; the cache is specdec's own",
     "position_ids": "positions follow from attention_mask",
     "prompt_lookup_num_tokens": "use drafter='ngram'",
@@ -140,7 +149,7 @@ class Call:
         return cls(
             input_ids,
             mask,
-            Sampler(generation_config.do_sample, tuple(logits_processor)),
+            Sampler(generation_config.do_sample, tuple(logits_processor), len(input_ids)),
             tuple(stopping_criteria),
             generation_config,
         )
@@ -150,6 +159,13 @@ class Call:
         """Prompt, padding included, and new tokens."""
         limits = [c.max_length for c in self.criteria if isinstance(c, MaxLengthCriteria)]
         return int(min([self.config.max_length, *limits]))
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether scores or logits are to be returned."""
+        config = self.config
+        asked = config.output_scores or config.output_logits
+        return bool(config.return_dict_in_generate and asked)
 
     @property
     def pad_token(self) -> int:
@@ -171,8 +187,11 @@ class Call:
             mask = self.attention_mask
             padding = 0 if mask is None else int((mask[row] == 0).sum())
             text = self.input_ids[row, padding:].tolist()
+            pads = self.input_ids[row, :padding].tolist()
             stops = stopping.of_row(row)
-            requests.append(Request(text, new, row_seed, stops, cache_key=cache_key))
+            requests.append(
+                Request(text, new, row_seed, stops, cache_key=cache_key, row=row, padding=pads)
+            )
         return requests
 
     def sequences(self, requests: Sequence[Request]) -> Tensor:
@@ -258,9 +277,7 @@ def _is_neutral(name: str, value: object) -> bool:
 
 
 def _check_options(config: GenerationConfig) -> None:
-    # transformers derives min_length from min_new_tokens: name what the user gave.
-    options = {"min_new_tokens": config.min_new_tokens, **config.to_dict()}
-    for name, value in options.items():
+    for name, value in config.to_dict().items():
         if name.startswith("_"):  # transformers' own notes on a prepared call
             continue
         if name not in SUPPORTED_OPTIONS | IRRELEVANT_OPTIONS and not _is_neutral(name, value):
@@ -304,6 +321,9 @@ def _check_model_inputs(input_ids: Tensor, mask: Tensor | None, given: dict[str,
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
     """What `generate` returns with `return_dict_in_generate=True`: transformers' output and
 
+    `scores` and `logits` are transformers': for each new token [B, V] float32. A row that ended
+    has zeros there; transformers has what the model says to its padding.
+
     Args:
         stats: the counts of the run.
     """
@@ -321,6 +341,10 @@ class Step:
     """Nodes proposed by row, the root not counted."""
     accepted: dict[int, int]
     """Nodes accepted by row, the root not counted."""
+    scores: dict[int, Tensor]
+    """With `output_scores` or `output_logits`, [tokens, V] processed logits by row."""
+    logits: dict[int, Tensor]
+    """With either, [tokens, V] logits by row."""
 
 
 def stream(engine: Engine, requests: Sequence[Request]) -> Iterator[Step]:
@@ -332,6 +356,8 @@ def stream(engine: Engine, requests: Sequence[Request]) -> Iterator[Step]:
             {row: emission.tokens for row, emission in by_row.items()},
             {row: emission.drafted for row, emission in by_row.items()},
             {row: emission.accepted for row, emission in by_row.items()},
+            {row: e.scores for row, e in by_row.items() if e.scores is not None},
+            {row: e.logits for row, e in by_row.items() if e.logits is not None},
         )
 
 
@@ -345,7 +371,10 @@ def run(
 
     Raises:
         ValueError: a streamer was given for more than one row.
+        RequestError: a row had no next token; the others ran on, see its `sequences`.
     """
+    scores: list[list[Tensor]] = [[] for _ in requests]
+    logits: list[list[Tensor]] = [[] for _ in requests]
     if streamer is not None and len(requests) > 1:
         raise ValueError(
             f"streamer: expected a batch of one, got {len(requests)} rows; use .stream() instead"
@@ -356,10 +385,31 @@ def run(
         for step in stream(engine, requests):
             if streamer is not None:
                 streamer.put(torch.tensor(step.tokens[0]))
+            for row in step.scores:
+                scores[row] += step.scores[row].unbind(0)
+                logits[row] += step.logits[row].unbind(0)
+    except RequestError as error:
+        error.sequences = call.sequences(requests)
+        raise
     finally:
         if streamer is not None:
             streamer.end()
     sequences = call.sequences(requests)
     if call.config.return_dict_in_generate:
-        return SpeculativeOutput(sequences=sequences, stats=engine.stats)  # type: ignore[arg-type]
+        new = sequences.shape[1] - call.input_ids.shape[1]
+        return SpeculativeOutput(
+            sequences=sequences,  # type: ignore[arg-type]
+            scores=_by_token(scores, new) if call.config.output_scores else None,  # type: ignore[arg-type]
+            logits=_by_token(logits, new) if call.config.output_logits else None,  # type: ignore[arg-type]
+            stats=engine.stats,
+        )
     return sequences
+
+
+def _by_token(rows: Sequence[Sequence[Tensor]], new: int) -> tuple[Tensor, ...]:
+    """[V] of every token of every row to [B, V] of every token, zeros behind a row's end."""
+    blank = torch.zeros_like(next(row[0] for row in rows if row))
+    return tuple(
+        torch.stack([row[token] if token < len(row) else blank for row in rows])
+        for token in range(new)
+    )

@@ -96,6 +96,19 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """What a rule decided for the trees of a lane, and from what."""
+
+    outcome: Outcome
+    scores: Tensor  # [R, V], after the sampling options
+    logits: Tensor  # [R, V]
+
+    def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and logits of some rows, float32."""
+        return self.scores[rows].float(), self.logits[rows].float()
+
+
+@dataclass(frozen=True)
 class Verdict:
     """An outcome on the host, by tree. Paths and tokens begin with the root."""
 
@@ -104,28 +117,34 @@ class Verdict:
     """Those of the path, then the next token."""
     continued: tuple[bool, ...]
     """Whether the last node had children."""
+    healthy: tuple[bool, ...]
+    """Whether every node of the path had a token to go on with."""
 
 
-def read(trees: TreeBatch, outcome: Outcome) -> Verdict:
+def read(trees: TreeBatch, judgement: Judgement) -> Verdict:
     """Brings an outcome to the host: one copy, the only time a step waits for the device."""
+    outcome = judgement.outcome
     rows = trees.offsets[:, None] + outcome.paths.clamp_min(0)
+    healthy = judgement.scores[rows].amax(-1).isfinite().all(1)
     packed = torch.cat(
         [
             outcome.paths,
             trees.tokens[rows],
             outcome.next_tokens[:, None],
             outcome.continued[:, None].long(),
+            healthy[:, None].long(),
         ],
         dim=1,
     )
     width = outcome.paths.shape[1]
-    paths, tokens, continued = [], [], []
+    paths, tokens, continued, good = [], [], [], []
     for line in packed.tolist():
         path = tuple(node for node in line[:width] if node >= 0)
         paths.append(path)
         tokens.append((*line[width : width + len(path)], line[2 * width]))
         continued.append(bool(line[2 * width + 1]))
-    return Verdict(tuple(paths), tuple(tokens), tuple(continued))
+        good.append(bool(line[2 * width + 2]))
+    return Verdict(tuple(paths), tuple(tokens), tuple(continued), tuple(good))
 
 
 def stacked(paths: Sequence[Tensor]) -> Tensor | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 class Purpose(IntEnum):
     """What a number decides. Numbers of different purposes are independent.
 
-    Purposes are spaced so that the rank of a sibling can be added to them.
+    Purposes are spaced so that the rank of a sibling or the index of a node can be added to them.
     """
 
     SAMPLE = 0
@@ -25,13 +25,16 @@ class Purpose(IntEnum):
     SEED = 3 << 16
 
 
-def uniform(seeds: Tensor, positions: Tensor, purpose: int) -> Tensor:
+def uniform(seeds: Tensor, positions: Tensor, purpose: int | Tensor) -> Tensor:
     """Uniform numbers in [0, 1) with 53 random bits.
 
     Args:
         seeds: int64, broadcast against positions.
-        positions: int64, absolute position of the token that the number decides.
-        purpose: a `Purpose`, plus the rank of the sibling where several numbers are needed.
+        positions: int64, absolute position of the token that the number decides. A number that
+            decides nothing for good, so that another step will decide the same position, is keyed
+            by the position of its step's root instead, which no other step has.
+        purpose: a `Purpose`, plus the rank of the sibling, or the node, where several numbers are
+            needed; int64 if a tensor.
 
     Returns:
         float64 of the broadcast shape.
@@ -46,7 +49,7 @@ def split_seeds(seed: int, count: int, device: torch.device | str = "cpu") -> Te
     return _hash(torch.full_like(index, wrapped), index, Purpose.SEED)
 
 
-def _hash(seeds: Tensor, positions: Tensor, purpose: int) -> Tensor:
+def _hash(seeds: Tensor, positions: Tensor, purpose: int | Tensor) -> Tensor:
     return _mix(_mix(_mix(seeds) + positions) + purpose)
 
 

@@ -6,8 +6,11 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
+from torch import Tensor
+
 from specdec.drafting import Drafter
 from specdec.sampling import Sampler
+from specdec.tree import ProposalLaw
 from specdec.verify import AcceptanceRule
 
 
@@ -17,15 +20,19 @@ class Policy:
 
     Args:
         drafter: proposes trees.
-        rule: keeps a path of each; legal for the drafter's law.
+        rule: keeps a path of each.
         sampler: the sampling options.
         nodes: largest tree to propose, the root included.
+        law: to draft under, one for which the rule is legal.
+        keep: whether emissions carry `scores` and `logits`.
     """
 
     drafter: Drafter
     rule: AcceptanceRule
     sampler: Sampler
     nodes: int
+    law: ProposalLaw
+    keep: bool = False
 
 
 @dataclass(eq=False)
@@ -56,11 +63,15 @@ class Request:
     """Never given twice, so that a drafter can serve several runs at once; rises with arrival."""
     finished: bool = False
     error: Exception | None = None
-    """Why it ended without being finished, if it did."""
+    """Why it ended early, if it did."""
     sequence: int = -1
     """In the target's cache while it runs, else -1."""
     cached: int = 0
     """Tokens committed there."""
+    row: int = 0
+    """Of the batch passed to `generate`."""
+    padding: Sequence[int] = ()
+    """What stands before the prompt there: transformers' processors see it."""
     key: Hashable = None
     """Under which its tokens are cached while it runs: `cache_key` and the weights' state."""
 
@@ -106,3 +117,16 @@ class Emission:
     """Nodes proposed, the root not counted."""
     accepted: int
     """Nodes accepted, the root not counted, nor what lay behind the end of the text."""
+    scores: Tensor | None = None
+    """[tokens, V] float32, what each token was chosen by, if the policy keeps them."""
+    logits: Tensor | None = None
+    """[tokens, V] float32, the same before processing."""
+
+
+class RequestError(ValueError):
+    """Some requests had no next token: the message names them and the nodes.
+
+    The others of the batch ran to their ends; `sequences` has what all of them emitted.
+    """
+
+    sequences: Tensor | None = None

@@ -194,9 +194,9 @@ class Scheduler:
         try:
             self.policy_of(request).drafter.end([request.number])
         finally:
-            if self.prefix_cache:
+            if self.prefix_cache and request.error is None:
                 self.cache.remember(request.sequence, request.tokens)
-            if request.finished and request.heir is not None:
+            if request.finished and request.error is None and request.heir is not None:
                 request.heir(request.sequence)
             else:
                 self.cache.release(request.sequence)

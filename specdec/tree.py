@@ -51,6 +51,9 @@ class TokenTree:
         law: how children were proposed: one law for all, or [N] int8, row n for the children of n.
         draft_probs: [N, V] float, row n is the distribution that the children of n were drawn
             from. Needed for the laws that draw, refused for trees that are wholly deterministic.
+        draft_tokens: [N, C] int64, for drafters that draw from few candidates: then `draft_probs`
+            is [N, C] too, entry c the probability of token `draft_tokens[n, c]`, and nothing as
+            wide as the vocabulary is kept. A token may be named twice if one of them has none.
 
     Raises:
         TypeError: a tensor has the wrong dtype.
@@ -64,12 +67,14 @@ class TokenTree:
     parents: Tensor
     law: ProposalLaw | Tensor = ProposalLaw.DETERMINISTIC
     draft_probs: Tensor | None = None
+    draft_tokens: Tensor | None = None
     ancestor_bits: tuple[int, ...] = field(init=False, repr=False)
     """One Python integer a node: bit j says that node j is an ancestor, itself included."""
 
     def __post_init__(self) -> None:
         _check_nodes(self.tokens, self.parents)
         _check_law(self.tokens, self.law, self.draft_probs)
+        _check_candidates(self.draft_probs, self.draft_tokens)
         parents = self.parents.tolist()
         for node, parent in enumerate(parents):
             if (parent == -1) != (node == 0) or not -1 <= parent < node:
@@ -106,18 +111,30 @@ class TokenTree:
         keep = [node for node in range(len(self)) if depths[node] <= depth][:nodes]
         if len(keep) == len(self):
             return self
+        return self._only(keep)
+
+    def first_chain(self) -> TokenTree:
+        """The tree without all but the first child of every node, which keeps its law."""
+        keep = [0]
+        for node, parent in enumerate(self.parents.tolist()):
+            if parent == keep[-1]:
+                keep.append(node)
+        return self if len(keep) == len(self) else self._only(keep)
+
+    def _only(self, keep: list[int]) -> TokenTree:
         new_index = {old: new for new, old in enumerate(keep)}
         parents = self.parents.tolist()
-        law, probs = self.law, self.draft_probs
+        law, probs, names = self.law, self.draft_probs, self.draft_tokens
         if isinstance(law, Tensor):
             law = law[keep]
             if not bool(law.any()):  # nothing that was drawn is left
-                law, probs = ProposalLaw.DETERMINISTIC, None
+                law, probs, names = ProposalLaw.DETERMINISTIC, None, None
         return TokenTree(
             self.tokens[keep],
             upload([new_index.get(parents[old], -1) for old in keep], self.tokens.device),
             law,
             None if probs is None else probs[keep],
+            None if names is None else names[keep],
         )
 
     @property
@@ -267,10 +284,25 @@ def _check_law(tokens: Tensor, law: ProposalLaw | Tensor, draft_probs: Tensor | 
             )
         rows = draft_probs if not isinstance(law, Tensor) else draft_probs[law != 0]
         total = rows.sum(-1)
-        if not bool((rows >= 0).all()) or not bool(((total - 1).abs() < 1e-2).all()):
+        wrong = (rows < 0).any(-1) | ~((total - 1).abs() < 1e-2)
+        if bool(wrong.any()):
+            first = int(wrong.int().argmax())
+            node = int((law != 0).nonzero()[first]) if isinstance(law, Tensor) else first
             raise ValueError(
                 "draft_probs: expected rows of probabilities that sum to one, "
-                f"got sums from {float(total.min()):.3g} to {float(total.max()):.3g}"
+                f"got a sum of {float(total[first]):.3g} for the children of node {node}"
             )
         if draft_probs.device != tokens.device:
             raise ValueError(f"draft_probs: expected on {tokens.device}, got {draft_probs.device}")
+
+
+def _check_candidates(draft_probs: Tensor | None, draft_tokens: Tensor | None) -> None:
+    if draft_tokens is None:
+        return
+    shape = None if draft_probs is None else draft_probs.shape
+    if draft_tokens.dtype != torch.int64 or draft_tokens.shape != shape:
+        raise ValueError(
+            "draft_tokens: expected int64 in the shape of draft_probs, "
+            f"got {draft_tokens.dtype} {list(draft_tokens.shape)} "
+            f"beside {None if shape is None else list(shape)}"
+        )

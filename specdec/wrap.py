@@ -32,12 +32,13 @@ from specdec.generation import (
 )
 from specdec.pages import check_count
 from specdec.request import Policy, Request
+from specdec.rules import check_rule, select_rule
 from specdec.sampling import Sampler
 from specdec.serving import ServingEngine
 from specdec.support import causal_model, check_length
 from specdec.target import Target
 from specdec.tree import MAX_NODES
-from specdec.verify import RULES, select_rule
+from specdec.verify import AcceptanceRule
 
 FLUENT = {"apply", "eval", "requires_grad_", "to", "train", "type", "cpu", "cuda"} | {
     "bfloat16",
@@ -59,7 +60,7 @@ def wrap(
     model: Any,
     drafter: str | Drafter | PreTrainedModel = "ngram",
     *,
-    rule: str = "auto",
+    rule: str | AcceptanceRule = "auto",
     nodes: int | None = None,
     page_size: int = 16,
     max_pages: int | None = None,
@@ -74,7 +75,9 @@ def wrap(
             changed and keeps working on its own.
         drafter: `"ngram"`, `"none"`, a smaller Hugging Face model with the same tokenizer, or any
             `Drafter`.
-        rule: how sampled tokens are verified: `auto`, `sample-and-match`, `multi-round`. Greedy
+        rule: how sampled tokens are verified: `auto`, `sample-and-match`, `token-level`,
+            `multi-round`, `without-replacement`, `block`, `traversal`, or a rule of
+            `specdec.rules` with settings of its own. `typical` and `threshold` are lossy. Greedy
             decoding is always verified greedily.
         nodes: largest token tree, its root included; 8 on a CPU and 32 elsewhere by default. A
             pass over more rows costs more; `specdec demo` shows how to choose.
@@ -110,7 +113,7 @@ class SpeculativeModel:
     """
 
     drafter: Drafter
-    rule: str
+    rule: str | AcceptanceRule
     nodes: int
     prefix_cache: bool
     _model: Any
@@ -123,7 +126,7 @@ class SpeculativeModel:
         model: Any,
         drafter: str | Drafter | PreTrainedModel,
         *,
-        rule: str,
+        rule: str | AcceptanceRule,
         nodes: int | None,
         prefix_cache: bool,
         **target_options: Any,
@@ -319,7 +322,7 @@ class SpeculativeModel:
         tokens: Sequence[int] | Tensor,
         *,
         drafter: object,
-        rule: str | None,
+        rule: str | AcceptanceRule | None,
         nodes: int | None,
         seed: int | None,
         generator: torch.Generator | None,
@@ -342,7 +345,7 @@ class SpeculativeModel:
         self,
         call: Call,
         drafter: object = None,
-        rule: str | None = None,
+        rule: str | AcceptanceRule | None = None,
         nodes: int | None = None,
     ) -> Policy:
         """How a call is decoded; what is not given is the model's."""
@@ -353,16 +356,24 @@ class SpeculativeModel:
                 "call model.eval() first"
             )
         check_length(target.model, call.max_length)
-        name = self.rule if rule is None else rule
-        chosen = self.drafter if drafter is None else _resolve_drafter(drafter, name)
+        chosen = self.drafter if drafter is None else _resolve_drafter(drafter)
         if nodes is not None:
             check_count("nodes", nodes, MAX_NODES)
-        accepts = select_rule(name, chosen.law, do_sample=call.sampler.do_sample)
-        return Policy(chosen, accepts, call.sampler, self.nodes if nodes is None else nodes)
+        accepts, law = select_rule(
+            self.rule if rule is None else rule,
+            chosen.law,
+            do_sample=call.sampler.do_sample,
+            can_draft=chosen.can_draft,
+        )
+        size = self.nodes if nodes is None else nodes
+        return Policy(chosen, accepts, call.sampler, size, law, call.keeps_scores)
 
     def _greedy_policy(self) -> Policy:
-        rule = select_rule(self.rule, self.drafter.law, do_sample=False)
-        return Policy(self.drafter, rule, Sampler(), self.nodes)
+        drafter = self.drafter
+        rule, law = select_rule(
+            self.rule, drafter.law, do_sample=False, can_draft=drafter.can_draft
+        )
+        return Policy(drafter, rule, Sampler(), self.nodes, law)
 
     def _engine(self, call: Call) -> Engine:
         return Engine(self._driven(), self._policy(call), prefix_cache=self.prefix_cache)
@@ -401,9 +412,9 @@ class SpeculativeModel:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "drafter":
-            value = _resolve_drafter(value, self.rule)
-        elif name == "rule" and value not in ("auto", *RULES):
-            raise ValueError(f"rule: expected auto, {', '.join(RULES)}, got {value!r}")
+            value = _resolve_drafter(value)
+        elif name == "rule":
+            check_rule(value)
         elif name == "nodes":
             check_count("nodes", value, MAX_NODES)
         if name in OWN:
@@ -527,7 +538,7 @@ def _seed(call: Call, seed: int | None, generator: torch.Generator | None) -> in
     return int(torch.randint(2**62, (), generator=generator, device=device))
 
 
-def _resolve_drafter(drafter: object, rule: str) -> Drafter:
+def _resolve_drafter(drafter: object) -> Drafter:
     from specdec.drafters import DRAFTERS, DraftModel
 
     if isinstance(drafter, Drafter):
@@ -535,7 +546,7 @@ def _resolve_drafter(drafter: object, rule: str) -> Drafter:
     if isinstance(drafter, str) and drafter in DRAFTERS:
         return DRAFTERS[drafter]()
     if isinstance(drafter, torch.nn.Module):
-        return DraftModel(drafter, sampled=rule == "multi-round")
+        return DraftModel(drafter)
     shown = repr(drafter) if isinstance(drafter, str) else f"{drafter!r:.60}"
     raise ValueError(
         f"drafter: expected one of {', '.join(DRAFTERS)}, a model or a Drafter, got {shown}"

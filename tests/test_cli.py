@@ -106,3 +106,16 @@ def test_models_are_listed_with_their_folder() -> None:
     assert "smollm2-135m" in result.stdout
     assert run("models", "fetch").stdout.replace("\n", "").endswith("smollm2-135m")
     assert run("models", "fetch", "nope").exit_code == 1
+
+
+def test_verify_lossless_gives_a_verdict_and_names_what_is_too_little() -> None:
+    options = ["verify-lossless", "--tokens", "2", "--prompt", "One, two,", "--top-p", "0.9"]
+    result = run(*options, "--drafter", "ngram", "--tree", "3", "--samples", "80", "--json")
+    assert result.exit_code == 0, result.stderr
+    verdict = json.loads(result.stdout)
+    assert verdict["passed"] is True
+    assert verdict["rule"] == "sample-and-match"
+    assert verdict["cells"] == 16
+    result = run(*options, "--samples", "20")
+    assert result.exit_code == 1
+    assert "samples: expected at least 80 for 16 cells, got 20" in " ".join(result.stderr.split())

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import specdec
-from specdec import testing
+from specdec import ProposalLaw, testing
 from specdec.drafters import DraftModel, NGram
 from specdec.testing import TINY, degraded, tiny_model
 from specdec.topology import Topology
@@ -58,14 +58,14 @@ def small_model(seed: int = 1, **changes: Any) -> Any:
     [None, Topology.chain(1), Topology.chain(6), Topology.branching([3, 2, 1])],
     ids=["default", "root", "chain", "branching"],
 )
-@pytest.mark.parametrize("sampled", [False, True])
-def test_a_draft_model_follows_the_target(topology: Topology | None, sampled: bool) -> None:
+@pytest.mark.parametrize("law", list(ProposalLaw))
+def test_a_draft_model_follows_the_target(topology: Topology | None, law: ProposalLaw) -> None:
     model: Any = tiny_model("Llama")
     prompts = torch.randint(1, VOCAB, (3, 7))
     mask = torch.ones_like(prompts)
     mask[1, :4] = 0
     inputs: dict[str, Any] = {"input_ids": prompts, "attention_mask": mask}
-    drafter = DraftModel(small_model(), topology, sampled=sampled)
+    drafter = DraftModel(small_model(), topology, law=law)
     wrapped: Any = specdec.wrap(model, drafter, nodes=16)
     expected = model.generate(**inputs, **GREEDY)
     out = wrapped.generate(**inputs, **GREEDY, return_dict_in_generate=True)
@@ -92,11 +92,11 @@ def test_the_draft_cache_holds_the_committed_text_and_nothing_else() -> None:
 def test_sampled_drafts_from_the_target_itself_are_always_accepted() -> None:
     model: Any = tiny_model("Llama")
     prompts = torch.randint(1, VOCAB, (2, 7))
-    drafter = DraftModel(model, Topology.chain(5), sampled=True)
+    drafter = DraftModel(model, Topology.chain(5), law=ProposalLaw.IID)
     wrapped: Any = specdec.wrap(model, drafter, nodes=5)
     options = {**GREEDY, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "seed": 1}
     out = wrapped.generate(prompts, return_dict_in_generate=True, **options)
-    assert out.stats.rule == "multi-round"
+    assert out.stats.rule == "traversal"
     assert out.stats.tokens_per_step == 5.0
 
 
@@ -105,8 +105,8 @@ def test_padded_vocabularies_are_tolerated(vocab: int) -> None:
     model: Any = tiny_model("Llama")
     prompts = torch.randint(1, VOCAB - 7, (2, 7))
     small = tiny_model("Llama", vocab_size=vocab)
-    for sampled in (False, True):
-        drafter = DraftModel(small, sampled=sampled)
+    for law in ProposalLaw:
+        drafter = DraftModel(small, law=law)
         wrapped: Any = specdec.wrap(model, drafter, nodes=12)
         assert torch.equal(wrapped.generate(prompts, **GREEDY), model.generate(prompts, **GREEDY))
         wrapped.generate(prompts, max_new_tokens=20, do_sample=True, seed=1)
@@ -181,3 +181,19 @@ def test_test_drafters_do_what_they_say() -> None:
     spoiled = testing.OracleDrafter([text], corrupt=1.0, vocab_size=VOCAB).draft(text[:5], 9)
     assert [4, 5] in spoiled.paths()
     assert len(max(spoiled.paths(), key=len)) == 5
+
+
+def test_drafts_that_are_not_numbers_count_as_chosen() -> None:
+    model: Any = tiny_model("Llama")
+    broken: Any = small_model()
+    with torch.no_grad():
+        broken.lm_head.weight[5] = torch.nan
+    prompts = torch.randint(1, VOCAB, (2, 7))
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": True, "seed": 1}
+    plain: Any = specdec.wrap(model, "none")
+    for law in (ProposalLaw.IID, ProposalLaw.WITHOUT_REPLACEMENT):
+        drafter = DraftModel(broken, Topology.branching([2, 2]), law=law)
+        wrapped: Any = specdec.wrap(model, drafter, rule="sample-and-match", nodes=7)
+        assert torch.equal(wrapped.generate(prompts, **options), plain.generate(prompts, **options))
+        wrapped.rule = "traversal"
+        assert wrapped.generate(prompts, **options).shape == (2, 19)

@@ -10,11 +10,20 @@ import pytest
 import torch
 
 import specdec
+from specdec.batch import TreeBatch
+from specdec.drafters import DraftModel
 from specdec.eval.compare import compare
 from specdec.eval.cost import StepCost, measure_step
 from specdec.eval.lossless import Tally, judge, load_questions
+from specdec.eval.rules import expected_lengths
+from specdec.eval.verify_lossless import verify_lossless
+from specdec.noise import split_seeds
+from specdec.rules import RULES
 from specdec.target import Target
-from specdec.testing import TINY, RandomDrafter, tiny_model
+from specdec.testing import TINY, RandomDrafter, degraded, tiny_model
+from specdec.topology import Topology
+from specdec.tree import ProposalLaw, TokenTree
+from specdec.verify import Noise
 
 
 def test_the_budget_follows_the_cost_of_rows() -> None:
@@ -74,3 +83,41 @@ def test_questions_are_taken_by_category(tmp_path: Path) -> None:
 def test_tallies_are_ratios_of_sums() -> None:
     assert Tally(tokens=9, steps=4).tokens_per_step == pytest.approx(2.25)
     assert Tally().tokens_per_step == 0
+
+
+def test_verify_lossless_accepts_the_rules_and_notices_a_lossy_one() -> None:
+    model: Any = tiny_model("Llama")
+    drafter = DraftModel(degraded(model, bits=4), Topology.branching([2, 2]))
+    options: dict[str, Any] = {"temperature": 1.5, "top_k": 0, "top_p": 0.95, "samples": 400}
+    prompt = torch.tensor([[5, 6, 7]])
+    verdicts = {
+        rule: verify_lossless(
+            specdec.wrap(model, drafter, rule=rule, nodes=7), prompt, batch=200, **options
+        )
+        for rule in ("traversal", "typical")
+    }
+    assert verdicts["traversal"].passed
+    assert not verdicts["typical"].passed
+    assert verdicts["typical"].rule == "typical (lossy)"
+    assert 0.1 < verdicts["traversal"].detectable < 0.3
+    with pytest.raises(ValueError, match="samples: expected at least 320 for 64 cells, got 100"):
+        verify_lossless(specdec.wrap(model), prompt, samples=100)
+
+
+def test_expected_lengths_are_what_the_rules_accept_on_average() -> None:
+    """Each rule decides 4,000 times on one tree; the laws say how much it keeps on average."""
+    shape, count = Topology.branching([2, 1]), 4000
+    tokens = torch.tensor([0, 1, 2, 2, 3])
+    draft = torch.rand(5, 4).softmax(-1)
+    target = (3 * torch.rand(5, 4)).softmax(-1)
+    tree = TokenTree(tokens, torch.tensor(shape.parents), ProposalLaw.WITHOUT_REPLACEMENT, draft)
+    one = TreeBatch.pack([tree], vocab_size=4)
+    many = TreeBatch.pack([tree] * count, vocab_size=4)
+    lengths = expected_lengths(one, target)
+    assert set(lengths) == {"sample-and-match", "without-replacement", "traversal"}
+    noise = Noise(split_seeds(1, count), torch.full((count,), 9))
+    for name, length in lengths.items():
+        outcome = RULES[name]().verify(many, target.repeat(count, 1), noise)
+        assert float((outcome.lengths - 1).double().mean()) == pytest.approx(
+            float(length), abs=0.05
+        )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import specdec
+from specdec import ProposalLaw
 from specdec.drafters import DraftModel
 from specdec.target import Target
 from specdec.testing import ARCHITECTURES, TINY, OracleDrafter, RandomDrafter, degraded, tiny_model
@@ -35,13 +36,13 @@ def test_greedy_tokens_equal_those_of_transformers(name: str) -> None:
         wrapped.cache.check_integrity()
 
 
-@pytest.mark.parametrize("sampled", [False, True])
-def test_a_draft_model_on_the_device(sampled: bool) -> None:
+@pytest.mark.parametrize("law", list(ProposalLaw))
+def test_a_draft_model_on_the_device(law: ProposalLaw) -> None:
     model: Any = tiny_model("Llama")
     model.cuda()
     prompts = torch.randint(1, VOCAB, (4, 9)).cuda()
     expected = model.generate(prompts, attention_mask=torch.ones_like(prompts), **GREEDY)
-    drafter = DraftModel(degraded(model, bits=6), Topology.branching([3, 2, 1]), sampled=sampled)
+    drafter = DraftModel(degraded(model, bits=6), Topology.branching([3, 2, 1]), law=law)
     wrapped: Any = specdec.wrap(model, drafter, nodes=24)
     out = wrapped.generate(prompts, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(out.sequences, expected)

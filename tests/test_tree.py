@@ -179,3 +179,47 @@ def test_wrong_dtypes_laws_and_vocabularies_are_refused() -> None:
         TokenTree.from_choices(7, [(0, 1)], [[1], [2, 3]])
     with pytest.raises(ValueError, match="level order"):
         Topology((-1, 0, 1, 0))
+
+
+def test_drafts_that_name_their_candidates_are_never_as_wide_as_the_vocabulary() -> None:
+    names = torch.tensor([[4, 7], [1, 0], [2, 2]])
+    probs = torch.tensor([[0.25, 0.75], [1.0, 0.0], [0.5, 0.5]])
+    tokens, parents = torch.tensor([5, 7, 1]), torch.tensor([-1, 0, 1])
+    tree = TokenTree(tokens, parents, ProposalLaw.IID, probs, names)
+    other = TokenTree(tokens[:2], parents[:2], ProposalLaw.IID, torch.ones(2, 1), names[:2, :1])
+    packed = TreeBatch.pack([tree, TokenTree.root(3), other], vocab_size=9)
+    assert packed.draft_probs is not None
+    assert packed.draft_probs.shape == (6, 2)
+    dense = packed.draft_rows(torch.arange(6), 9)
+    assert dense is not None
+    assert dense[0].nonzero().flatten().tolist() == [4, 7]
+    assert dense[2, 2] == 1.0
+    assert not dense[3].any()
+    assert dense[4, 4] == 1.0
+    mixed = TokenTree(tokens, parents, ProposalLaw.IID, dense[:3])
+    both = TreeBatch.pack([tree, mixed], vocab_size=9)
+    assert both.draft_tokens is None
+    assert both.draft_probs is not None
+    assert torch.equal(both.draft_probs[:3], both.draft_probs[3:])
+    kept = tree.cut(depth=1)
+    assert kept.draft_tokens is not None
+    assert torch.equal(kept.draft_tokens, names[:2])
+    with pytest.raises(ValueError, match="draft_tokens: expected int64 in the shape of draft_pr"):
+        TokenTree(tokens, parents, ProposalLaw.IID, probs, names[:, :1])
+    with pytest.raises(ValueError, match=r"sum of 1\.5 for the children of node 1"):
+        TokenTree(tokens, parents, ProposalLaw.IID, probs * torch.tensor([[1], [1.5], [1]]), names)
+
+
+def test_the_first_chain_of_a_tree_keeps_the_first_child_of_every_node() -> None:
+    tree = TokenTree.from_lists([9, 1, 2, 3, 4, 5], [-1, 0, 0, 2, 1, 1])
+    assert tree.first_chain().paths() == [[9, 1, 4]]
+    chain = TokenTree.chain(1, [2, 3])
+    assert chain.first_chain() is chain
+
+
+def test_shapes_are_walked_from_the_leaves_up_and_level_by_level() -> None:
+    tree = TokenTree.from_lists([0] * 6, [-1, 0, 0, 1, 1, 2])
+    batch = TreeBatch.pack([tree, TokenTree.chain(0, [1, 2])], vocab_size=5)
+    by_place = batch.postorder.argsort().tolist()
+    assert by_place == [3, 4, 1, 5, 2, 0, 8, 7, 6]
+    assert [rows.tolist() for rows in batch.inner_levels] == [[0, 6], [1, 2, 7]]
