@@ -9,6 +9,7 @@ from specdec.batch import TreeBatch
 from specdec.branching import Branch, logprobs, score
 from specdec.drafting import DraftContext, Drafter, NoDraft, Observation, SequenceDrafter
 from specdec.pages import OutOfPages
+from specdec.request import RequestError
 from specdec.serving import Handle, ServingEngine
 from specdec.stats import GenerationStats
 from specdec.support import UnsupportedModel
@@ -28,6 +29,7 @@ __all__ = [
     "Observation",
     "OutOfPages",
     "ProposalLaw",
+    "RequestError",
     "SequenceDrafter",
     "ServingEngine",
     "SpeculativeModel",
