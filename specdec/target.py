@@ -6,6 +6,7 @@ forward and restored after it.
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 from collections.abc import Hashable, Iterator, Sequence
@@ -82,6 +83,9 @@ class Target:
         self.device = _input_device(self.model)
         self._configs = configs_of(self.model)
         self._no_cache = PassThroughCache()
+        # The name until transformers 5.23, and since.
+        names = inspect.signature(type(self.model).forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
         self.weights = Weights(self.model)
         with torch.inference_mode(False):  # tensors that outlive the caller's inference mode
             layers, self.vocab_size = self._probe()
@@ -149,7 +153,7 @@ class Target:
             output = self.model(
                 input_ids=tokens[None],
                 position_ids=positions[None],
-                past_key_values=self._no_cache,
+                **{self._cache_name: self._no_cache},
                 use_cache=True,
                 logits_to_keep=keep,
                 specdec_handler=handler,
