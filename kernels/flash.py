@@ -24,17 +24,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from specdec.kernels.merge import LN2, LOG2E, NEVER, merge
 from specdec.kernels.worklist import (
     ALONE,
     BLOCKS,
     FIRST_PAGE,
     FIRST_ROW,
-    ITEM_FIELDS,
     KEY0,
     LOOSE,
     OWNER,
-    PARENT,
-    PARTIALS,
     PIECES,
     PLACE_BITS,
     PLACE_MASK,
@@ -51,13 +49,6 @@ from specdec.kernels.worklist import (
     WORKERS,
     Schedule,
 )
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-NEVER = tl.constexpr(float("-inf"))
-
-MERGE_PROGRAMS = 16
-"""Of the merge, for each multiprocessor, at most."""
 
 
 @triton.jit
@@ -127,89 +118,6 @@ def _soften(peak, total, scores, factor, PARTS: tl.constexpr, MASKED: tl.constex
     for part in tl.static_range(1, PARTS):
         added = added + weights[part]
     return new, total * fade + tl.sum(added, 1), fade, weights
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _merge_kernel(
-    OUT,
-    LSE,
-    PART,
-    STATES,
-    HEADER,
-    ITEMS,
-    ROW_TABLE,
-    SINKS,
-    rows,
-    HQ: tl.constexpr,
-    G: tl.constexpr,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    PDL: tl.constexpr,
-    MERGE_ROWS: tl.constexpr,
-    MERGE_PIECES: tl.constexpr,
-):
-    """Gathers the pieces of (row, head) pairs, innermost item first, in order of keys."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    dims = tl.arange(0, DVP)
-    order = tl.arange(0, MERGE_PIECES)
-    tiles = tl.where(tl.load(HEADER + PARTIALS) > 0, tl.cdiv(rows * HQ, MERGE_ROWS), 0)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        index = tile * MERGE_ROWS + tl.arange(0, MERGE_ROWS)
-        row, head = index // HQ, index % HQ
-        real = row < rows
-        at = ROW_TABLE + row * ITEM_FIELDS
-        inside = real
-        acc = tl.zeros([MERGE_ROWS, DVP], tl.float32)
-        peak = tl.full([MERGE_ROWS], NEVER, tl.float32)
-        total = tl.zeros([MERGE_ROWS], tl.float32)
-        done = tl.zeros([MERGE_ROWS], tl.int1)
-        while tl.max(inside.to(tl.int32), 0) > 0:
-            steps = tl.load(at + STEPS, mask=inside, other=0)
-            packed = (row - tl.load(at + FIRST_ROW, mask=inside, other=0)) * G + head % G
-            column = head // G * tl.load(at + BLOCKS, mask=inside, other=0) + packed // BLOCK_M
-            count = tl.where(steps > 0, tl.load(at + PIECES, mask=inside, other=0), 0)
-            slot = tl.load(at + SLOT0, mask=inside, other=0) + column * count
-            alone = tl.load(at + ALONE, mask=inside, other=0)
-            done = done | ((alone > 0) & (count == 1))  # written by the only piece
-            count = tl.where(done, 0, count)
-            if PDL:  # the work list is older than the launch before; its partial results are not
-                tl.extra.cuda.gdc_wait()
-            for k in range(0, tl.max(count, 0), MERGE_PIECES):
-                have = (k + order)[None, :] < count[:, None]
-                place = (slot[:, None] + k + order[None, :]) * BLOCK_M + (packed % BLOCK_M)[:, None]
-                lse = tl.load(STATES + place * 2, mask=have, other=NEVER)
-                size = tl.load(STATES + place * 2 + 1, mask=have, other=0.0)
-                at_part = PART + place[:, :, None].to(tl.int64) * DV + dims[None, None, :]
-                mask = have[:, :, None] & (dims[None, None, :] < DV)
-                part = tl.load(at_part, mask=mask, other=0.0).to(tl.float32)
-                new = tl.maximum(peak, tl.max(lse, 1))
-                base = tl.where(new == NEVER, 0.0, new)
-                weight = tl.exp2(lse - base[:, None])
-                fade = tl.exp2(peak - base)
-                acc = acc * fade[:, None] + tl.sum(part * (weight * size)[:, :, None], 1)
-                total = total * fade + tl.sum(weight, 1)
-                peak = new
-            parent = tl.load(at + PARENT, mask=inside, other=-1)
-            at = ITEMS + parent * ITEM_FIELDS
-            inside = parent >= 0
-        write = real & (done == 0)
-        if HAS_LSE:
-            tl.store(LSE + index, (peak + tl.log2(total)) * LN2, mask=write)
-        if HAS_SINKS:
-            sink = tl.load(SINKS + head, mask=real, other=0.0).to(tl.float32) * LOG2E
-            new = tl.maximum(peak, sink)
-            fade = tl.exp2(peak - new)
-            total = total * fade + tl.exp2(sink - new)
-            acc = acc * fade[:, None]
-        out = acc / total[:, None]
-        at_out = OUT + index[:, None].to(tl.int64) * DV + dims[None, :]
-        tl.store(at_out, out.to(OUT.dtype.element_ty), mask=write[:, None] & (dims[None, :] < DV))
-    if PDL:  # also programs without work, see `tree_attention`
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit(do_not_specialize=["table_width"])
@@ -498,22 +406,7 @@ def tree_attention(
         BULK=tiling.bulk, **same,
         num_warps=tiling.warps, enable_fp_fusion=True, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
-    columns = max(triton.cdiv(rows * heads, tiling.block_m), schedule.requests * kv_heads)
-    merge_rows, pieces, warps = _merge_shape(rows * heads, schedule.programs // columns)
-    if not query.is_cuda:
-        merge_rows = 64  # the interpreter pays for programs, not for rows
-    programs = triton.cdiv(rows * heads, merge_rows)
-    if query.is_cuda:  # starting a program costs more than having it take another turn
-        processors = torch.cuda.get_device_properties(query.device).multi_processor_count
-        programs = min(programs, MERGE_PROGRAMS * processors)
-    _merge_kernel[(programs,)](
-        out, nothing if lse is None else lse, part, states,
-        schedule.header, schedule.items, schedule.rows,
-        nothing if sinks is None else sinks, rows, **same,
-        MERGE_ROWS=merge_rows, MERGE_PIECES=pieces,
-        num_warps=warps, enable_fp_fusion=True,
-        **({"launch_pdl": True} if dependent else {}),
-    )  # fmt: skip
+    merge(out, lse, part, states, schedule, sinks, same)
     return out
 
 
@@ -522,14 +415,3 @@ def _tiles(pages: Tensor, schedule: Schedule) -> TensorDescriptor:
     count, size, heads, dim = pages.shape
     shape, strides = [count * size, heads * dim], [pages.stride(1), 1]
     return TensorDescriptor(pages, shape, strides, [min(schedule.tiling.block_n, size), dim])
-
-
-def _merge_shape(results: int, pieces: int) -> tuple[int, int, int]:
-    """How many results a program of the merge takes, pieces at a time, and its warps.
-
-    Args:
-        results: rows times heads.
-        pieces: of a column, about.
-    """
-    rows = 4 if results >= 8192 else 1
-    return rows, min(32, max(8 // rows, triton.next_power_of_2(pieces))), rows

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specdec.kernels.cuts import cdiv, even_cuts, workers_of
 from specdec.kernels.partition import CHUNK, EVEN_MODES, MODES, Mode
 from specdec.kernels.prefix_tree import over, pick, prefix_tree
 from specdec.kernels.worklist import (
@@ -164,72 +165,6 @@ def _requests(
     tl.store(at + COMMON, common)
 
 
-@triton.jit
-def _cdiv(a, b):
-    b = tl.maximum(b, 1)
-    return (a + b - 1) // b
-
-
-@triton.jit
-def _cut(steps, columns, cost, START_STEPS: tl.constexpr):
-    """Pieces of a column and columns of a worker that has at most that cost."""
-    length = steps + START_STEPS
-    whole = length <= cost
-    pieces = _cdiv(steps, _cdiv(steps, _cdiv(steps, cost - START_STEPS)))
-    pieces = tl.where(whole, 1, pieces)
-    takes = tl.where(whole, _cdiv(columns, _cdiv(columns, cost // length)), 1)
-    return tl.maximum(pieces, 1), tl.maximum(takes, 1)
-
-
-@triton.jit
-def _workers(columns, pieces, takes):
-    """How many workers an item has."""
-    return tl.where(pieces > 1, columns * pieces, _cdiv(columns, takes))
-
-
-@triton.jit
-def _needed(inner_steps, inner_columns, leaf_steps, leaf_columns, cost, START_STEPS: tl.constexpr):
-    """How many workers there are if none costs more than `cost`."""
-    pieces, takes = _cut(inner_steps, inner_columns, cost, START_STEPS)
-    few = tl.sum(_workers(inner_columns, pieces, takes), 0)
-    pieces, takes = _cut(leaf_steps, leaf_columns, cost, START_STEPS)
-    return few + tl.sum(_workers(leaf_columns, pieces, takes), 0)
-
-
-@triton.jit
-def _even_cuts(
-    inner_steps, inner_columns, leaf_steps, leaf_columns, programs, START_STEPS: tl.constexpr
-):  # fmt: skip
-    """Pieces and columns of a worker, for inner items and leaves; see `partition.even_cuts`."""
-    work = tl.sum(inner_steps * inner_columns, 0) + tl.sum(leaf_steps * leaf_columns, 0)
-    items = tl.sum((inner_steps * inner_columns > 0).to(tl.int32), 0)
-    items += tl.sum((leaf_steps * leaf_columns > 0).to(tl.int32), 0)
-    rounds = tl.maximum(_cdiv(items, programs), 1)
-    most = rounds * programs
-    low = tl.maximum(_cdiv(work, most), 1)
-    high = low
-    # The least cost that is enough lies between `low` and `high`.
-    while _needed(inner_steps, inner_columns, leaf_steps, leaf_columns, high, START_STEPS) > most:
-        low = high + 1
-        high = 2 * high
-    while low < high:
-        middle = (low + high) // 2
-        few = _needed(inner_steps, inner_columns, leaf_steps, leaf_columns, middle, START_STEPS)
-        high = tl.where(few <= most, middle, high)
-        low = tl.where(few <= most, low, middle + 1)
-    longest = tl.maximum(
-        tl.max(tl.where(inner_columns > 0, inner_steps, 0), 0),
-        tl.max(tl.where(leaf_columns > 0, leaf_steps, 0), 0),
-    )
-    longest += START_STEPS
-    few = _needed(inner_steps, inner_columns, leaf_steps, leaf_columns, longest, START_STEPS)
-    in_rounds = 16 * _cdiv(few, programs) * longest <= 17 * rounds * high
-    cost = tl.where(in_rounds, longest, high)
-    inner_pieces, inner_takes = _cut(inner_steps, inner_columns, cost, START_STEPS)
-    leaf_pieces, leaf_takes = _cut(leaf_steps, leaf_columns, cost, START_STEPS)
-    return inner_pieces, inner_takes, leaf_pieces, leaf_takes
-
-
 @triton.jit(do_not_specialize=["requests", "programs", "chunk", "columns_limit"])
 def _items(
     REQUESTS,
@@ -312,16 +247,16 @@ def _items(
     inner_columns = inner_blocks * HKV
     leaf_columns = leaf_blocks * HKV
     if (MODE == SEQUENCE_MODE) | (MODE == FLATTEN) | (MODE == AUTO):
-        inner_pieces, inner_takes, leaf_pieces, leaf_takes = _even_cuts(
+        inner_pieces, inner_takes, leaf_pieces, leaf_takes = even_cuts(
             inner_steps, inner_columns, leaf_steps, leaf_columns, programs, START_STEPS
         )
     else:
         one = tl.full([B], 1, tl.int32)
         inner_pieces, inner_takes, leaf_pieces, leaf_takes = one, one, one, one
         if MODE != NODE:
-            inner_pieces = _cdiv(inner_steps, chunk)
+            inner_pieces = cdiv(inner_steps, chunk)
         if MODE == NODE_CHUNK:
-            leaf_pieces = _cdiv(leaf_steps, chunk)
+            leaf_pieces = cdiv(leaf_steps, chunk)
 
     inner_work, leaf_work = inner_steps * inner_columns, leaf_steps * leaf_columns
     inner_start = tl.cumsum(inner_work, 0) - inner_work
@@ -329,8 +264,8 @@ def _items(
     inner_slots, leaf_slots = inner_pieces * inner_columns, leaf_pieces * leaf_columns
     inner_slot0 = tl.cumsum(inner_slots, 0) - inner_slots
     leaf_slot0 = tl.sum(inner_slots, 0) + tl.cumsum(leaf_slots, 0) - leaf_slots
-    inner_workers = _workers(inner_columns, inner_pieces, inner_takes)
-    leaf_workers = _workers(leaf_columns, leaf_pieces, leaf_takes)
+    inner_workers = workers_of(inner_columns, inner_pieces, inner_takes)
+    leaf_workers = workers_of(leaf_columns, leaf_pieces, leaf_takes)
     inner_worker0 = tl.cumsum(inner_workers, 0) - inner_workers
     leaf_worker0 = tl.sum(inner_workers, 0) + tl.cumsum(leaf_workers, 0) - leaf_workers
     inner_alone = ((above < 0) & (absorbs > 0) & (leaves == 0)).to(tl.int32)
@@ -452,7 +387,7 @@ def _tables(
     at = ITEMS + x * ITEM_FIELDS
     columns = tl.load(at + BLOCKS) * HKV
     ends = tl.load(at + WORKER0)
-    ends += _workers(columns, tl.load(at + PIECES), tl.load(at + TAKES))
+    ends += workers_of(columns, tl.load(at + PIECES), tl.load(at + TAKES))
     item = tl.sum((ends[None, :] <= index[:, None]).to(tl.int32), 1)
     inside = item < 2 * B
     item_at = ITEMS + item * ITEM_FIELDS
@@ -462,7 +397,7 @@ def _tables(
     takes = tl.load(item_at + TAKES, mask=inside, other=1)
     nth = index - tl.load(item_at + WORKER0, mask=inside, other=0)
     column, piece = nth // pieces * takes, nth % pieces
-    span = _cdiv(steps, pieces)
+    span = cdiv(steps, pieces)
     step = column * steps + piece * span
     stop = tl.where(pieces > 1, tl.minimum(step + span, (column + 1) * steps), step + takes * steps)
     stop = tl.minimum(stop, columns * steps)
