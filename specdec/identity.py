@@ -40,7 +40,7 @@ class Weights:
             self._tensors = [weakref.ref(tensor) for tensor in tensors]
             self._identities = identities
             self._generation += 1
-        return self._generation, tuple(_adapters(self._model))
+        return self._generation, tuple(_adapters(self._model)), tuple(_hooks(self._model))
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -68,3 +68,10 @@ def _adapters(model: nn.Module) -> Iterator[Hashable]:
                 bool(getattr(module, "disable_adapters", False)),
                 tuple((name, float(scaling[name])) for name in active if name in scaling),
             )
+
+
+def _hooks(model: nn.Module) -> Iterator[int]:
+    """The numbers of forward hooks, which torch gives only once."""
+    for module in model.modules():
+        yield from module._forward_hooks
+        yield from module._forward_pre_hooks

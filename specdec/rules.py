@@ -167,8 +167,12 @@ def sibling_chances(trees: TreeBatch, target: Tensor, rows: Tensor) -> Tensor:
 def _law(
     trees: TreeBatch, target: Tensor, rows: Tensor, weight: Tensor | None = None
 ) -> SiblingLaw:
-    """The law of the children of some rows."""
-    kids = trees.children[rows]
+    """The law of the children of some rows.
+
+    A row without a distribution, behind a node that may never be reached, counts as a leaf.
+    """
+    usable = target[rows].sum(1).isfinite()
+    kids = torch.where(usable[:, None], trees.children[rows], -1)
     draft = trees.draft_rows(rows, target.shape[1])
     return sibling_law(
         target[rows],

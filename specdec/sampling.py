@@ -155,17 +155,26 @@ class Sampler:
     def _by_node(self, processor: LogitsProcessor, scores: Tensor, histories: Histories) -> Tensor:
         if isinstance(processor, TreeProcessor):
             return processor.process_trees(scores, histories)
-        lines = []
-        for rows, ids in histories.by_length:
-            for row, text in zip(rows.tolist(), ids, strict=True):
-                place = histories.row_of[row]
-                if isinstance(processor, PrefixConstrainedLogitsProcessor):
-                    line = _allowed(processor, place, text, scores[row])
-                else:
-                    many = scores[row].expand(self.rows, -1).clone()
-                    line = processor(text.expand(self.rows, -1), many)[place]
-                lines.append((row, line))
-        return torch.stack([line for _, line in sorted(lines, key=lambda pair: pair[0])]).float()
+        texts = {
+            row: text
+            for rows, ids in histories.by_length
+            for row, text in zip(rows.tolist(), ids, strict=True)
+        }
+        processed, forbidden = scores.clone(), set()
+        for row, above in enumerate(histories.above):
+            # A text that cannot occur may be one that the processor has no answer for.
+            if above >= 0 and (
+                above in forbidden or processed[above, texts[row][-1]] == float("-inf")
+            ):
+                forbidden.add(row)
+                continue
+            place, text = histories.row_of[row], texts[row]
+            if isinstance(processor, PrefixConstrainedLogitsProcessor):
+                processed[row] = _allowed(processor, place, text, scores[row])
+            else:
+                many = scores[row].expand(self.rows, -1).clone()
+                processed[row] = processor(text.expand(self.rows, -1), many)[place]
+        return processed
 
     def probs(self, scores: Tensor) -> Tensor:
         """[R, V] float32 distributions of the next tokens; rows sum to one."""
@@ -196,6 +205,15 @@ class Histories:
     def row_of(self) -> list[int]:
         """For each of R rows, the row of the batch passed to `generate`."""
         return [self.texts[tree].row for tree in self._trees]
+
+    @cached_property
+    def above(self) -> list[int]:
+        """For each of R rows, the row of its parent, -1 for a root."""
+        starts = [row for row, parent in enumerate(self.parents) if parent < 0]
+        return [
+            starts[tree] + parent if parent >= 0 else -1
+            for tree, parent in zip(self._trees, self.parents, strict=True)
+        ]
 
     @cached_property
     def by_length(self) -> list[tuple[Tensor, Tensor]]:

@@ -7,7 +7,7 @@ to the oldest request `PATIENCE` times, and it is the last to be preempted, so e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from specdec.cache import TreeKVCache
 from specdec.request import Policy, Request
@@ -69,7 +69,7 @@ class Scheduler:
         """
         if not self.waiting or (self.running and (self.crowded or self._full(0))):
             return
-        weights = self.target.weights_state() if self.prefix_cache else None
+        weights = self._weights()
         size = self.cache.pool.page_size
         head = min(self.waiting, key=lambda request: request.number)
         like = min(self.running, key=lambda request: request.number, default=head).tokens
@@ -95,6 +95,24 @@ class Scheduler:
         if started:
             self.running.sort(key=lambda request: (request.tokens, request.number))
             self._overtaken = (head.number, patient + started)
+
+    def _weights(self) -> Hashable:
+        """What K and V now depend on besides the tokens.
+
+        A request that has run under other weights as well is nobody's to reuse from then on.
+        """
+        if not self.prefix_cache:
+            return None
+        weights = self.target.weights_state()
+        for request in self.running:
+            if request.key != (request.cache_key, weights):
+                request.key = object()
+        return weights
+
+    def _may_share(self, request: Request) -> bool:
+        """Whether what was computed for a request may serve others."""
+        pure = (request.cache_key, self._weights())
+        return self.prefix_cache and request.error is None and request.key == pure
 
     def _full(self, about: int) -> bool:
         """Whether no more may run, if so many are about to."""
@@ -172,7 +190,7 @@ class Scheduler:
             self.stats.prefilled_tokens += count
             if not request.missing:
                 self.changes += 1
-                if self.prefix_cache:
+                if self._may_share(request):
                     self.cache.remember(request.sequence, request.tokens)
 
     def preempt(self) -> Request:
@@ -194,7 +212,7 @@ class Scheduler:
         try:
             self.policy_of(request).drafter.end([request.number])
         finally:
-            if self.prefix_cache and request.error is None:
+            if self._may_share(request):
                 self.cache.remember(request.sequence, request.tokens)
             if request.finished and request.error is None and request.heir is not None:
                 request.heir(request.sequence)

@@ -33,6 +33,7 @@ class Stopping:
         built_in = (MaxLengthCriteria, EosTokenCriteria)
         self._others = [c for c in criteria if not isinstance(c, built_in)]
         self._stopped: dict[int, int] = {}  # rows that wait for the others, and where they stopped
+        self._requests: dict[int, Request] = {}
 
     def of_row(self, row: int) -> Callable[[Request], bool]:
         """Whether a row ends with its last token."""
@@ -41,17 +42,25 @@ class Stopping:
         def ends(request: Request) -> bool:
             if self._eos or not self._others:
                 return request.tokens[-1] in self._eos or self._asked(row, prompt, request)
+            self._requests[row] = request
             emitted = len(request.tokens) - request.prompt_length
             full = emitted >= request.max_new_tokens
             if row not in self._stopped and (full or self._asked(row, prompt, request)):
                 self._stopped[row] = emitted
             last = max(self._stopped.values(), default=0)
-            if len(self._stopped) < len(self._input_ids) or emitted < last:
+            if len(self._stopped.keys() | self._failed) < len(self._input_ids) or emitted < last:
                 return False
-            del request.tokens[request.prompt_length + last :]  # it had run ahead of the others
+            for other in self._requests.values():
+                if other is request or other.finished:  # they had run ahead of the others
+                    del other.tokens[other.prompt_length + last :]
             return True
 
         return ends
+
+    @property
+    def _failed(self) -> set[int]:
+        """Rows that ended without having stopped; nobody waits for them."""
+        return {row for row, request in self._requests.items() if request.error is not None}
 
     def _asked(self, row: int, prompt: list[int], request: Request) -> bool:
         if not self._others:

@@ -166,6 +166,29 @@ def test_statistics_end_where_the_text_ends(model: Any, prompts: Tensor) -> None
     assert max(out.stats.accepted_at) == out.stats.tokens
 
 
+class StopLong(StoppingCriteria):
+    """Stops at a length."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= 8)
+
+
+def test_rows_that_ran_ahead_to_the_length_limit_are_cut_back(model: Any) -> None:
+    """Without an end-of-sequence token, transformers stops all rows with the last one."""
+    prompts = torch.randint(1, VOCAB, (2, 3))
+    mask = torch.ones_like(prompts)
+    text = model.generate(prompts[:1], attention_mask=mask[:1], max_new_tokens=8, do_sample=False)
+    options: dict[str, Any] = {
+        "attention_mask": mask,
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "stopping_criteria": StoppingCriteriaList([StopLong()]),
+    }
+    expected = model.generate(prompts, **options)
+    fast: Any = specdec.wrap(model, OracleDrafter(text.tolist(), corrupt=0.0, vocab_size=VOCAB))
+    assert torch.equal(fast.generate(prompts, **options), expected)
+
+
 class StopRows(StoppingCriteria):
     """A length of its own for each row."""
 

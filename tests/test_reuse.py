@@ -28,7 +28,9 @@ def random_text(length: int, batch: int = 1) -> Tensor:
 
 def greedy(model: Any, prompt: Tensor, new: int = 12) -> Any:
     mask = torch.ones_like(prompt)
-    return model.generate(prompt, attention_mask=mask, max_new_tokens=new, do_sample=False)
+    return model.generate(
+        input_ids=prompt, attention_mask=mask, max_new_tokens=new, do_sample=False
+    )
 
 
 def run(wrapped: Any, prompts: Tensor, new: int = 12, **options: Any) -> Any:
@@ -167,6 +169,36 @@ def test_switching_an_adapter_gives_its_own_tokens() -> None:
     assert len(set(texts.values())) == 2
     with peft_model.disable_adapter():
         assert run(wrapped, prompt).stats.reused_tokens == 0
+
+
+def test_what_two_adapters_have_computed_is_not_used_again() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "k_proj"], init_lora_weights=False)
+    peft_model: Any = get_peft_model(tiny_model("Llama"), config, adapter_name="a").eval()
+    peft_model.add_adapter("b", config)
+    peft_model.set_adapter("a")
+    wrapped: Any = specdec.wrap(peft_model, page_size=2)
+    with wrapped.engine() as engine:
+        prompt = random_text(15)
+        handle = engine.submit(prompt, max_new_tokens=24, do_sample=False)
+        for _ in range(4):
+            engine.step()
+        peft_model.set_adapter("b")  # while the request runs
+        engine.run_all()
+    peft_model.set_adapter("a")
+    prompt = torch.cat([prompt, torch.tensor([handle.tokens])], 1)
+    assert torch.equal(run(wrapped, prompt).sequences, greedy(peft_model, prompt))
+
+
+def test_a_hook_is_part_of_the_weights() -> None:
+    model: Any = tiny_model("Llama")
+    wrapped, prompt = specdec.wrap(model), random_text(40)
+    run(wrapped, prompt)
+    hook = model.model.layers[0].register_forward_hook(lambda _, __, out: out * 1.5)
+    assert torch.equal(run(wrapped, prompt).sequences, greedy(model, prompt))
+    hook.remove()
+    assert run(wrapped, prompt).stats.reused_tokens == 32
 
 
 def test_earlier_texts_make_room_when_pages_run_out(model: Any) -> None:

@@ -13,8 +13,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, WatermarkingConfi
 import specdec
 from specdec.drafters import DraftModel
 from specdec.request import RequestError
+from specdec.rules import RULES
 from specdec.sampling import Sampler, Text
-from specdec.testing import TINY, degraded, tiny_model
+from specdec.testing import TINY, RandomDrafter, degraded, tiny_model
 from specdec.topology import Topology
 
 VOCAB = TINY["vocab_size"]
@@ -231,6 +232,44 @@ def test_a_request_without_a_next_token_is_named_and_the_others_run_on(
     assert torch.equal(sequences[[0, 2]], expected[[0, 2]])
     wrapped.cache.check_integrity()
     assert not wrapped.cache.sequences
+
+
+def test_texts_that_cannot_occur_are_not_asked_about(model: Any) -> None:
+    """A trie of allowed texts knows no others."""
+    allowed = {token: [(token + 1) % 10, (token + 3) % 10] for token in range(10)}
+    options: dict[str, Any] = {
+        "prefix_allowed_tokens_fn": lambda _, sent: allowed[int(sent[-1])],
+        "max_new_tokens": 12,
+        "do_sample": False,
+    }
+    prompt = torch.tensor([[1, 2, 3, 4]])
+    expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    wild: Any = specdec.wrap(model, RandomDrafter(VOCAB), nodes=16)
+    assert torch.equal(wild.generate(prompt, **options), expected)
+
+
+class EvensOnly(LogitsProcessor):
+    """Odd tokens are impossible, and after one everything is."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        scores[:, 1::2] = -torch.inf
+        scores[(input_ids[:, 4:] % 2 == 1).any(1)] = -torch.inf
+        return scores
+
+
+@pytest.mark.parametrize("rule", [name for name in RULES if name != "greedy"])
+def test_a_node_that_cannot_be_reached_fails_nobody(model: Any, rule: str) -> None:
+    wild = specdec.wrap(model, RandomDrafter(VOCAB), rule=rule, nodes=16)
+    out: Any = wild.generate(
+        torch.tensor([[2, 4, 6, 8]]),
+        logits_processor=LogitsProcessorList([EvensOnly()]),
+        max_new_tokens=12,
+        do_sample=True,
+        seed=3,
+    )
+    assert out.shape == (1, 16)
+    assert bool((out % 2 == 0).all())
 
 
 def test_greedy_logits_are_not_copied() -> None:
