@@ -12,6 +12,8 @@ from torch import Tensor
 
 from specdec.engine import Engine
 from specdec.generation import Call
+from specdec.pages import check_count
+from specdec.request import check_key, token_ids
 from specdec.target import Target
 from specdec.transfer import upload
 
@@ -45,6 +47,7 @@ class Branch:
     @classmethod
     def plant(cls, target: Target, tokens: Sequence[int], cache_key: Hashable) -> Branch:
         """The first branch of a tree; it begins with what is cached under the key."""
+        check_key(cache_key)
         with turn(target):
             key = (cache_key, target.weights_state())
             return cls(target, tokens, target.cache.admit(tokens[:-1], key=key), key, [])
@@ -71,7 +74,12 @@ class Branch:
         return self._target.cache.length_bound(self.sequence)
 
     def fork(self, count: int = 1) -> list[Branch]:
-        """More texts that begin like this one. What it lacks in the cache is computed first."""
+        """More texts that begin like this one. What it lacks in the cache is computed first.
+
+        Args:
+            count: at least 1.
+        """
+        check_count("count", count)
         target, key = self._target, (self.cache_key, self._weights)
         with turn(target):
             check_weights([self])
@@ -79,10 +87,20 @@ class Branch:
             numbers = [target.cache.fork(self.sequence) for _ in range(count)]
         return [Branch(target, self.tokens, number, key, self._family) for number in numbers]
 
-    def append(self, tokens: Sequence[int]) -> Branch:
-        """Goes on with given tokens, which are computed when they are needed; returns itself."""
+    def append(self, tokens: Sequence[int] | Tensor) -> Branch:
+        """Goes on with given tokens, which are computed when they are needed; returns itself.
+
+        Args:
+            tokens: their ids, [L].
+
+        Raises:
+            TypeError, ValueError: they are not integers, not in the vocabulary, or not [L].
+        """
         _ = self.sequence
-        self.tokens += [int(token) for token in tokens]
+        ids = token_ids("tokens", tokens, self._target.vocab_size)
+        if ids.ndim != 1:
+            raise ValueError(f"tokens: expected [L], got {list(ids.shape)}")
+        self.tokens += ids.tolist()
         return self
 
     def prune(self) -> None:
@@ -149,24 +167,36 @@ def grow(branches: Sequence[Branch], call: Call, engine: Engine, seed: int) -> N
         branch.inherit(request.tokens, ends[request.number])
 
 
-def score(branches: Sequence[Branch], continuations: Sequence[Sequence[int]]) -> Tensor:
+def score(branches: Sequence[Branch], continuations: Sequence[Sequence[int] | Tensor]) -> Tensor:
     """[B] float32, the log-probability of each continuation after its branch; nothing is kept.
 
     Args:
-        branches: each at most once.
-        continuations: of at least one token each.
+        branches: of one model, each at most once.
+        continuations: the ids of one for each branch, [L] with at least one token.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
     """
-    if any(not len(tokens) for tokens in continuations):
-        raise ValueError("continuations: expected at least one token each, got none")
+    target = check_branches(branches)
+    if len(continuations) != len(branches):
+        raise ValueError(
+            f"continuations: expected one for each of {len(branches)} branches, "
+            f"got {len(continuations)}"
+        )
+    ids = [token_ids("continuations", c, target.vocab_size) for c in continuations]
+    if any(one.ndim != 1 or not len(one) for one in ids):
+        raise ValueError(
+            "continuations: expected at least one token each, [L], "
+            f"got {[list(one.shape) for one in ids]}"
+        )
     scores = []
-    with turn(branches[0]._target):
-        target = branches[0]._target
+    with turn(target):
         check_weights(branches)
         for branch in branches:
             branch._compute()
-        for group in _groups([len(tokens) for tokens in continuations]):
+        for group in _groups([len(one) for one in ids]):
             members = [branches[index] for index in group]
-            answers = [list(continuations[index]) for index in group]
+            answers = [ids[index].tolist() for index in group]
             rows = [[b.tokens[-1], *a[:-1]] for b, a in zip(members, answers, strict=True)]
             sizes = [len(row) for row in rows]
             with target.cache.speculate([b.sequence for b in members], sizes) as lease:
@@ -185,10 +215,10 @@ def logprobs(branches: Sequence[Branch]) -> Tensor:
     a time computes one row for each.
 
     Args:
-        branches: each at most once.
+        branches: of one model, each at most once.
     """
-    with turn(branches[0]._target):
-        target = branches[0]._target
+    target = check_branches(branches)
+    with turn(target):
         check_weights(branches)
         for branch in branches:
             branch._compute()
@@ -197,6 +227,26 @@ def logprobs(branches: Sequence[Branch]) -> Tensor:
             logits = target.forward(tokens, lease.plan_chains())
             lease.commit()
     return logits.float().log_softmax(-1)
+
+
+def check_branches(branches: Sequence[Branch], target: Target | None = None) -> Target:
+    """The target that branches are of.
+
+    Args:
+        branches: at least one.
+        target: the one it has to be, if it is known.
+
+    Raises:
+        ValueError: there is none, one is of another model, or one is there twice.
+    """
+    if not branches:
+        raise ValueError("branches: expected at least one, got none")
+    target = target or branches[0]._target
+    if any(branch._target is not target for branch in branches):
+        raise ValueError("branches: expected those of this model as it is now, got others")
+    if len({branch.sequence for branch in branches}) < len(branches):
+        raise ValueError(f"branches: expected each at most once, got {list(branches)}")
+    return target
 
 
 def check_weights(branches: Sequence[Branch]) -> None:

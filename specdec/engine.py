@@ -65,6 +65,8 @@ class Engine:
             max_running=max_running,
         )
         self._watch = Stopwatch(target.device, self.stats.seconds)
+        self._stepping = False
+        self._noted: list[Request] = []  # to be stopped when the step that runs is over
         self._lanes: list[Lane] = []
         self._lanes_of = -1  # the scheduler's changes that they were made after
 
@@ -83,27 +85,44 @@ class Engine:
 
         A request that does not fit into the cache alone ends with `error` set. If anything is
         raised, all requests have been stopped and no page stays behind.
+
+        Raises:
+            RuntimeError: it was called from inside a step, by a drafter, a processor or a stopping
+                criterion.
         """
         scheduler, evicted = self.scheduler, self.target.cache.prefixes.evicted
-        try:
-            with self._turn(), self._watch.host("total"):
-                scheduler.admit()
-                emissions = self._pass()
-                done = [emission.request for emission in emissions if emission.request.finished]
-                if done:
-                    self._account()
-                for request in done:
-                    scheduler.finish(request)
-        except BaseException as error:
-            self.cancel([*scheduler.running, *scheduler.waiting], error)
-            raise
+        with self._turn():
+            if self._stepping:
+                raise RuntimeError(
+                    "step: called from inside a step; a drafter, a processor or a stopping "
+                    "criterion cannot wait for tokens of the engine that asks it"
+                )
+            try:
+                with self._noting(), self._watch.host("total"):
+                    scheduler.admit()
+                    emissions = self._pass()
+                    done = [e.request for e in emissions if e.request.finished]
+                    if done:
+                        self._account()
+                    for request in done:
+                        scheduler.finish(request)
+            except BaseException as error:
+                self.cancel([*scheduler.running, *scheduler.waiting], error)
+                raise
         self.stats.evicted_pages += self.target.cache.prefixes.evicted - evicted
         return emissions
 
     def cancel(self, requests: Sequence[Request], error: BaseException | None = None) -> None:
-        """Stops requests, finished or not, wherever they are; nothing of them stays behind."""
+        """Stops requests, finished or not, wherever they are; nothing of them stays behind.
+
+        Called from inside a step - by a drafter, a processor, a stopping criterion - it stops them
+        at the end of that step, which the other requests need whole.
+        """
         scheduler = self.scheduler
         with self._turn(), ExitStack() as stops:  # all of them, also when a drafter raises
+            if self._stepping:  # in this thread: it has the lock
+                self._noted += requests
+                return
             for request in requests:
                 if request.sequence >= 0:
                     stops.callback(scheduler.finish, request)
@@ -111,6 +130,8 @@ class Engine:
                     scheduler.waiting.remove(request)
                 if isinstance(error, Exception) and not request.finished:
                     request.error = error
+                elif not request.over:
+                    request.stopped = True
 
     def run(self, requests: Sequence[Request]) -> Iterator[list[Emission]]:
         """Runs requests to their ends; yields after every step that gave any of them tokens.
@@ -124,7 +145,7 @@ class Engine:
         try:
             for request in requests:
                 self.add(request)
-            while any(not request.finished for request in requests):
+            while not all(request.over for request in requests):
                 emissions = self.step()
                 for request in requests:
                     if request.error is not None and not isinstance(request.error, RequestError):
@@ -143,6 +164,17 @@ class Engine:
         """One thread at a time, and ordinary tensors: the cache outlives an inference mode."""
         with self.target.lock, torch.inference_mode(False), torch.no_grad():
             yield
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """While it lasts, `cancel` only takes note; what was noted is stopped afterwards."""
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
+            noted, self._noted = self._noted, []
+            self.cancel(noted)
 
     def _account(self) -> None:
         for owner, count in asdict(self.target.cache.usage()).items():

@@ -375,11 +375,12 @@ def run(
     """
     scores: list[list[Tensor]] = [[] for _ in requests]
     logits: list[list[Tensor]] = [[] for _ in requests]
-    if streamer is not None and len(requests) > 1:
-        raise ValueError(
-            f"streamer: expected a batch of one, got {len(requests)} rows; use .stream() instead"
-        )
     try:
+        if streamer is not None and len(requests) > 1:
+            raise ValueError(
+                f"streamer: expected a batch of one, got {len(requests)} rows; "
+                "use .stream() instead"
+            )
         if streamer is not None:
             streamer.put(call.input_ids.cpu())
         for step in stream(engine, requests):

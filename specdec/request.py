@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
+import torch
 from torch import Tensor
 
 from specdec.drafting import Drafter
@@ -64,6 +65,8 @@ class Request:
     finished: bool = False
     error: Exception | None = None
     """Why it ended early, if it did."""
+    stopped: bool = False
+    """Whether it was given up before its end, without an error of its own."""
     sequence: int = -1
     """In the target's cache while it runs, else -1."""
     cached: int = 0
@@ -78,12 +81,18 @@ class Request:
     def __post_init__(self) -> None:
         if not self.tokens:
             raise ValueError("tokens: expected a prompt of at least one token, got none")
+        check_key(self.cache_key)
         self.prompt_length = len(self.tokens)
 
     @property
     def emitted(self) -> list[int]:
         """The tokens behind the prompt."""
         return self.tokens[self.prompt_length :]
+
+    @property
+    def over(self) -> bool:
+        """Whether no more tokens come: it is finished, failed or was stopped."""
+        return self.finished or self.stopped or self.error is not None
 
     @property
     def max_length(self) -> int:
@@ -130,3 +139,35 @@ class RequestError(ValueError):
     """
 
     sequences: Tensor | None = None
+
+
+def token_ids(name: str, tokens: Sequence[int] | Tensor, vocab_size: int) -> Tensor:
+    """Token ids as an int64 tensor of the shape they have, checked.
+
+    Raises:
+        TypeError: they are not integers.
+        ValueError: one lies outside the vocabulary.
+    """
+    try:
+        ids = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected token ids, got {tokens!r:.60} ({error})") from None
+    if not ids.numel():
+        return ids.long()  # torch takes an empty list for floats
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integer token ids, got {ids.dtype}")
+    ids = ids.long()
+    for extreme in (int(ids.min()), int(ids.max())):
+        if not 0 <= extreme < vocab_size:
+            raise ValueError(
+                f"{name}: expected ids from 0 to {vocab_size - 1}, the vocabulary, got {extreme}"
+            )
+    return ids
+
+
+def check_key(cache_key: object) -> None:
+    """Raises TypeError unless the key can be looked up."""
+    try:
+        hash(cache_key)
+    except TypeError:
+        raise TypeError(f"cache_key: expected something hashable, got {cache_key!r:.60}") from None

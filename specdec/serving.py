@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Hashable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from specdec.engine import Engine
 from specdec.request import Policy, Request
-from specdec.sampling import Sampler
+from specdec.stats import mixed
+from specdec.verify import AcceptanceRule
 
 if TYPE_CHECKING:
     from specdec.wrap import SpeculativeModel
@@ -42,8 +45,8 @@ class Handle:
 
     @property
     def done(self) -> bool:
-        """Whether no more tokens come: it is finished, was cancelled, or failed."""
-        return self.finished or self.cancelled or self._request.error is not None
+        """Whether no more tokens come: it is finished, was cancelled or stopped, or failed."""
+        return self.cancelled or self._request.over
 
     def cancel(self) -> None:
         """Stops it; the tokens it has remain. Nothing happens if it is done."""
@@ -56,6 +59,7 @@ class Handle:
 
         Raises:
             Exception: what stopped it, such as `OutOfPages` if it does not fit alone.
+            RuntimeError: the engine was closed, or interrupted, before it was finished.
         """
         for _ in self:
             pass
@@ -88,6 +92,10 @@ class Handle:
             return self._request.tokens[place]
         if self._request.error is not None:
             raise self._request.error
+        if self._request.stopped and not self.cancelled:
+            raise RuntimeError(
+                f"stopped: the engine was closed or interrupted after {self._read} new tokens"
+            )
         raise end
 
     def __repr__(self) -> str:
@@ -106,14 +114,15 @@ class ServingEngine(Engine):
     def __init__(self, model: SpeculativeModel, **options: Any) -> None:
         super().__init__(model._driven(), model._greedy_policy(), **options)
         self._model = model
-        self._policies: dict[Hashable, Policy] = {}
+        # Those that requests use: equal ones share one.
+        self._policies: WeakValueDictionary[Hashable, Policy] = WeakValueDictionary()
 
     def submit(
         self,
         tokens: Sequence[int] | Tensor,
         *,
         drafter: Any = None,
-        rule: str | None = None,
+        rule: str | AcceptanceRule | None = None,
         nodes: int | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
@@ -144,11 +153,9 @@ class ServingEngine(Engine):
             cache_key=cache_key,
             options=options,
         )
-        key = (id(policy.drafter), policy.rule.name, policy.nodes, _settings(policy.sampler))
-        request.policy = self._policies.setdefault(key, policy)
-        if policy.rule.name != self.stats.rule:
-            fresh = not self.stats.steps and len(self._policies) == 1
-            self.stats.rule = policy.rule.name if fresh else "mixed"
+        request.policy = self._policies.setdefault(_key(policy), policy)
+        label = policy.rule.label
+        self.stats.rule = mixed(self.stats.rule, label) if self.stats.prompt_tokens else label
         self.add(request)
         return Handle(self, request)
 
@@ -174,12 +181,47 @@ class ServingEngine(Engine):
         self.close()
 
 
-def _settings(sampler: Sampler) -> Hashable:
-    """Equal for samplers that do the same; its own for one whose settings cannot be compared."""
-    settings: list[Hashable] = [sampler.do_sample]
-    for processor in sampler.processors:
-        values = sorted(vars(processor).items())
-        if not all(isinstance(value, bool | int | float | str | None) for _, value in values):
-            return id(sampler)
-        settings.append((type(processor), tuple(values)))
-    return tuple(settings)
+def _key(policy: Policy) -> Hashable:
+    """Equal for policies that do the same. Identities in it are of what the policy keeps alive."""
+    sampler = policy.sampler
+    return (
+        id(policy.drafter),
+        _rule_settings(policy.rule),
+        policy.nodes,
+        policy.law,
+        policy.keep,
+        sampler.do_sample,
+        tuple(_settings(processor, vars(processor)) for processor in sampler.processors),
+    )
+
+
+def _rule_settings(rule: AcceptanceRule) -> Hashable:
+    """A rule that could change, since it has settings and is not frozen, equals only itself."""
+    if is_dataclass(rule) and rule.__dataclass_params__.frozen:
+        return _settings(rule, {one.name: getattr(rule, one.name) for one in fields(rule)})
+    return id(rule) if vars(rule) else type(rule)
+
+
+def _settings(part: object, values: dict[str, object]) -> Hashable:
+    """Equal for parts of one type with equal values; its own if they cannot be compared."""
+    try:
+        return type(part), _value(values)
+    except TypeError:
+        return id(part)
+
+
+def _value(value: object) -> Hashable:
+    """Equal for equal settings.
+
+    Raises:
+        TypeError: it is of a kind that is not compared by value.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return type(value), value
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(value.shape), value.device, tuple(value.flatten().tolist())
+    if isinstance(value, list | tuple):
+        return type(value), tuple(_value(entry) for entry in value)
+    if isinstance(value, dict):
+        return tuple((_value(name), _value(entry)) for name, entry in value.items())
+    raise TypeError(f"{type(value).__name__} is not compared by value")

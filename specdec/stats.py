@@ -67,7 +67,7 @@ class GenerationStats:
                 phase: self.seconds.get(phase, 0.0) + other.seconds.get(phase, 0.0)
                 for phase in (*PHASES, "total")
             },
-            rule=self.rule if self.rule == other.rule else "mixed",
+            rule=mixed(self.rule, other.rule),
         )
 
     @property
@@ -156,6 +156,13 @@ class GenerationStats:
         table.add_row("speed", f"{self.tokens_per_second:.1f} tokens/s in {total:.2f} s")
         table.add_row("time", f"{shares}; loop around the forward {self.loop_overhead:.0%} of it")
         return table
+
+
+def mixed(rule: str, other: str) -> str:
+    """The label of what two rules did together: lossy if either is."""
+    if rule == other:
+        return rule
+    return "mixed (lossy)" if "(lossy)" in rule + other else "mixed"
 
 
 class Stopwatch:

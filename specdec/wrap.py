@@ -16,7 +16,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from specdec.attention import Backend
-from specdec.branching import Branch, check_weights, grow
+from specdec.branching import Branch, check_branches, check_weights, grow
 from specdec.cache import TreeKVCache
 from specdec.drafting import Drafter
 from specdec.engine import Engine
@@ -31,7 +31,7 @@ from specdec.generation import (
     stream,
 )
 from specdec.pages import check_count
-from specdec.request import Policy, Request
+from specdec.request import Policy, Request, token_ids
 from specdec.rules import check_rule, select_rule
 from specdec.sampling import Sampler
 from specdec.serving import ServingEngine
@@ -193,6 +193,7 @@ class SpeculativeModel:
         Raises:
             NotImplementedError: an option is not supported; none is ignored.
             OutOfPages: the cache is limited by `max_pages` and too small.
+            RequestError: rows had no next token; the others ran on, see its `sequences`.
         """
         call = self._prepare(
             inputs, generation_config, logits_processor, stopping_criteria, tokenizer, options
@@ -230,7 +231,8 @@ class SpeculativeModel:
             tokens: the ids of the prompt, [L] or [1, L].
             cache_key: as in `generate`.
         """
-        return Branch.plant(self._driven(), _one_prompt(tokens).tolist(), cache_key)
+        target = self._driven()
+        return Branch.plant(target, _one_prompt(tokens, target.vocab_size).tolist(), cache_key)
 
     def extend(
         self,
@@ -246,16 +248,11 @@ class SpeculativeModel:
         Args:
             branches: each at most once, of this model.
             seed, generator, tokenizer, options: as in `generate`; every branch draws its own
-                tokens.
+                tokens. Without `attention_mask` and `num_return_sequences`.
         """
-        target = self._driven()
-        if any(branch._target is not target for branch in branches):
-            raise ValueError("branches: expected those of this model as it is now, got others")
-        if not branches or len({branch.sequence for branch in branches}) < len(branches):
-            raise ValueError(f"branches: expected each at most once, got {list(branches)}")
+        target = check_branches(branches, self._driven())
         check_weights(branches)
-        if options.get("num_return_sequences", 1) != 1:
-            raise refuse("num_return_sequences", options["num_return_sequences"])
+        _check_single(options)
         width = max(len(branch.tokens) for branch in branches)
         ids = torch.zeros(len(branches), width, dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -264,6 +261,7 @@ class SpeculativeModel:
             mask[row, width - len(branch.tokens) :] = 1
         options["attention_mask"] = mask.to(target.device)
         call = self._prepare(ids.to(target.device), None, None, None, tokenizer, options)
+        _check_rows(call, len(branches))
         grow(branches, call, self._engine(call), _seed(call, seed, generator))
 
     def _prepare(
@@ -331,12 +329,12 @@ class SpeculativeModel:
         options: dict[str, Any],
     ) -> tuple[Request, Policy]:
         """One request from the options of `generate`, and how it is decoded."""
-        ids = _one_prompt(tokens).to(self._driven().device)[None]
-        for name in ("num_return_sequences", "attention_mask"):
-            if options.get(name) not in (None, 1):
-                raise refuse(name, options[name])
+        target = self._driven()
+        ids = _one_prompt(tokens, target.vocab_size).to(target.device)[None]
+        _check_single(options)
         options = {**options, "attention_mask": torch.ones_like(ids)}
         call = self._prepare(ids, None, None, None, tokenizer, options)
+        _check_rows(call, 1)
         policy = self._policy(call, drafter, rule, nodes)
         (request,) = call.requests(_seed(call, seed, generator), cache_key)
         return request, policy
@@ -514,15 +512,31 @@ generate = Generate()
 """`model.generate(..., custom_generate=specdec.generate)`: n-gram trees; see `Generate.with_`."""
 
 
-def _one_prompt(tokens: Sequence[int] | Tensor) -> Tensor:
+def _one_prompt(tokens: Sequence[int] | Tensor, vocab_size: int) -> Tensor:
     """[L] int64 from one prompt, [L] or [1, L]."""
-    ids = torch.as_tensor(tokens, dtype=torch.int64)
+    ids = token_ids("tokens", tokens, vocab_size)
     if ids.ndim not in (1, 2) or (ids.ndim == 2 and len(ids) != 1) or not ids.numel():
         raise ValueError(
             "tokens: expected one prompt of at least one token, [L] or [1, L], "
             f"got {list(ids.shape)}"
         )
     return ids.flatten()
+
+
+def _check_single(options: dict[str, Any]) -> None:
+    """Refuses options for batches where each text is a request of its own."""
+    if options.get("attention_mask") is not None:
+        raise NotImplementedError(
+            "attention_mask is not supported here: pass tokens without padding, all are attended to"
+        )
+    if options.get("num_return_sequences") not in (None, 1):
+        raise refuse("num_return_sequences", options["num_return_sequences"])
+
+
+def _check_rows(call: Call, count: int) -> None:
+    """Refuses what a generation config made of some texts when it made more of them."""
+    if len(call.input_ids) != count:
+        raise refuse("num_return_sequences", call.config.num_return_sequences)
 
 
 def _seed(call: Call, seed: int | None, generator: torch.Generator | None) -> int:

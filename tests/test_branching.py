@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import specdec
 from specdec import Branch
@@ -140,11 +141,50 @@ def test_wrong_branches_are_named(hf_model: Any, model: Any) -> None:
             model.extend([own, own], max_new_tokens=1)
         with pytest.raises(NotImplementedError, match="num_return_sequences=2"):
             model.extend([own], max_new_tokens=1, do_sample=True, num_return_sequences=2)
+        two = GenerationConfig(num_return_sequences=2, do_sample=True, max_new_tokens=1)
+        with pytest.raises(NotImplementedError, match="num_return_sequences=2"):
+            model.extend([own], generation_config=two)
+        with pytest.raises(NotImplementedError, match="attention_mask is not supported here"):
+            model.extend([own], max_new_tokens=1, attention_mask=torch.ones(1, 2))
+        with pytest.raises(ValueError, match="branches: expected those of this model"):
+            specdec.score([own, stranger], [[1], [2]])
+        with pytest.raises(ValueError, match="branches: expected at least one, got none"):
+            specdec.logprobs([])
+        with pytest.raises(ValueError, match="count: expected at least 1, got -1"):
+            own.fork(-1)
+        with pytest.raises(ValueError, match="tokens: expected ids from 0 to 96"):
+            own.append([VOCAB])
+        with pytest.raises(ValueError, match=r"tokens: expected \[L\], got \[1, 2\]"):
+            own.append(torch.ones(1, 2, dtype=torch.int64))
         assert isinstance(own, Branch)
+        assert own.tokens == [1, 2]
+    with pytest.raises(ValueError, match=r"tokens: expected ids from 0 to 96, .* got 100000"):
+        model.branch([100000, 2])
+    with pytest.raises(TypeError, match="cache_key: expected something hashable"):
+        model.branch([1, 2], cache_key=[])
+    assert not model.cache.sequences
     with pytest.raises(ValueError, match="tokens: expected one prompt"):
         model.branch(torch.ones(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"at least one token, .* got \[0\]"):
         model.branch([])
+
+
+@pytest.mark.parametrize(
+    ("continuations", "message"),
+    [
+        ([[1]], "continuations: expected one for each of 2 branches, got 1"),
+        ([[1], [2], [3]], "continuations: expected one for each of 2 branches, got 3"),
+        ([[1], [VOCAB]], "continuations: expected ids from 0 to 96, the vocabulary, got 97"),
+        ([[1], [-1]], "continuations: expected ids from 0 to 96, the vocabulary, got -1"),
+        ([[1], [0.5]], "continuations: expected integer token ids, got torch.float32"),
+    ],
+)
+def test_wrong_continuations_are_named(model: Any, continuations: Any, message: str) -> None:
+    with model.branch([1, 2]) as first, model.branch([3]) as second:
+        with pytest.raises((TypeError, ValueError), match=message):
+            specdec.score([first, second], continuations)
+        assert {first.cached, second.cached} == {0}
+    nothing_left(model)
 
 
 def test_branches_of_other_weights_or_keys_are_kept_apart() -> None:

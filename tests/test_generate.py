@@ -353,6 +353,7 @@ def test_a_streamer_gets_the_prompt_and_every_token_once(model: Any, prompts: Te
     assert recorder.ended == 1
     with pytest.raises(ValueError, match=r"streamer: expected a batch of one, got 3 rows"):
         wrap(model, prompts).generate(prompts, streamer=recorder)
+    assert recorder.ended == 2, "whoever reads from it does not wait for ever"
 
 
 def test_stream_yields_steps_and_may_be_left_early(model: Any, prompts: Tensor) -> None:

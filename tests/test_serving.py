@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
 import specdec
 from specdec import SequenceDrafter, TokenTree
 from specdec.drafters import DraftModel
+from specdec.rules import SampleAndMatch, Threshold
 from specdec.testing import TINY, RandomDrafter, degraded, tiny_model
 
 VOCAB = TINY["vocab_size"]
@@ -270,14 +273,147 @@ def test_an_error_stops_all_requests_and_reaches_every_reader(hf_model: Any) -> 
     nothing_left(model)
 
 
-def test_wrong_requests_are_named_and_not_submitted(hf_model: Any) -> None:
+class Doing(StoppingCriteria, LogitsProcessor):
+    """Does something in the middle of a step, once a text has seven tokens."""
+
+    def __init__(self, act: Callable[[], object], answer: bool = False) -> None:
+        self.act, self.answer = act, answer
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        if input_ids.shape[1] >= 7:
+            self.act()
+        return self.answer if scores is None else scores
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_readers_of_an_engine_that_was_closed_or_interrupted_do_not_wait(hf_model: Any) -> None:
+    model = specdec.wrap(hf_model)
+    engine = model.engine()
+    ended = engine.submit([1, 2], max_new_tokens=1, do_sample=False)
+    handle = engine.submit([1, 2, 3], max_new_tokens=20, do_sample=False)
+    next(handle)
+    ended.result()
+    engine.close()
+    assert handle.done
+    assert not handle.finished
+    with pytest.raises(RuntimeError, match="stopped: the engine was closed or interrupted"):
+        handle.result()
+    assert handle.tokens == greedy(hf_model, [1, 2, 3], 20)[: len(handle.tokens)]
+    assert ended.result() == greedy(hf_model, [1, 2], 1)
+
+    waiting = engine.submit([4, 5], max_new_tokens=20, do_sample=False)
+    stopping = StoppingCriteriaList([Doing(interrupt)])
+    killer = engine.submit([1, 2, 3], max_new_tokens=20, stopping_criteria=stopping)
+    with pytest.raises(KeyboardInterrupt):
+        killer.result()
+    with pytest.raises(RuntimeError, match="stopped: the engine was closed or interrupted"):
+        waiting.result()
+    nothing_left(model)
+
+
+@pytest.mark.parametrize("hook", ["stopping_criteria", "logits_processor"])
+@pytest.mark.parametrize(("victim", "answer"), [(0, False), (0, True), (1, False)])
+def test_cancelling_inside_a_step_leaves_the_others_alone(
+    hf_model: Any, hook: str, victim: int, answer: bool
+) -> None:
+    model = specdec.wrap(hf_model)
+    handles: list[specdec.Handle] = []
+    doing = Doing(lambda: handles[victim].cancel(), answer)
+    with model.engine() as engine:
+        options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
+        handles.append(engine.submit([1, 2, 3], **{**options, hook: [doing]}))
+        handles += [engine.submit([4, 5], **options), engine.submit([6], **options)]
+        engine.run_all()
+    for index, (prompt, handle) in enumerate(zip(([1, 2, 3], [4, 5], [6]), handles, strict=True)):
+        expected = greedy(hf_model, prompt, 30)
+        early = index == victim or (index == 0 and answer)
+        count = len(handle.result())
+        assert handle.tokens == expected[:count]
+        assert (count < 30) == early
+    nothing_left(model)
+
+
+def test_a_step_inside_a_step_is_refused(hf_model: Any) -> None:
     model = specdec.wrap(hf_model)
     with model.engine() as engine:
+        other = engine.submit([4, 5], max_new_tokens=30)
+        waits = StoppingCriteriaList([Doing(other.result)])
+        with pytest.raises(RuntimeError, match="step: called from inside a step"):
+            engine.submit([1, 2, 3], max_new_tokens=30, stopping_criteria=waits).result()
+    nothing_left(model)
+
+
+def test_equal_settings_share_a_policy_and_others_do_not(hf_model: Any) -> None:
+    model = specdec.wrap(hf_model)
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": True, "seed": 1}
+    ending: dict[str, Any] = {**options, "eos_token_id": 5, "min_new_tokens": 2}  # holds tensors
+    settings = SampleAndMatch()
+    settings.least = 1  # type: ignore[attr-defined]
+    groups: list[dict[str, Any]] = [
+        {**options, "rule": Threshold(0.1)},
+        {**options, "rule": Threshold(0.9)},
+        {**options, "rule": "sample-and-match"},
+        {**options, "rule": settings},
+        {**options, "return_dict_in_generate": True, "output_scores": True},
+        ending,
+        {**ending, "eos_token_id": 6},
+        {**ending, "bad_words_ids": [[7], [8, 9]]},
+    ]
+    with model.engine() as engine:
+        pairs = [[engine.submit([1, 2], **group) for _ in range(2)] for group in groups]
+        policies = [[handle._request.policy for handle in pair] for pair in pairs]
+        assert all(first is second for first, second in policies)
+        assert len({id(first) for first, _ in policies}) == len(groups)
+        engine.run_all()
+        assert len(engine._policies) == len(groups)
+        del pairs, policies
+        engine.submit([1, 2], **options).result()
+        gc.collect()
+        assert len(engine._policies) == 1
+
+
+def test_lossy_rules_show_in_the_statistics(hf_model: Any) -> None:
+    model: Any = specdec.wrap(hf_model)
+    options: dict[str, Any] = {"max_new_tokens": 2, "do_sample": True, "seed": 1}
+    with model.engine() as engine:
+        for rule, label in (
+            ("typical", "typical (lossy)"),
+            ("typical", "typical (lossy)"),
+            ("traversal", "mixed (lossy)"),
+            ("traversal", "mixed (lossy)"),
+        ):
+            engine.submit([1, 2], rule=rule, drafter=RandomDrafter(VOCAB), **options).result()
+            assert engine.stats.rule == label
+    lossless = specdec.GenerationStats(rule="traversal")
+    assert (engine.stats + lossless).rule == (lossless + engine.stats).rule == "mixed (lossy)"
+    assert (lossless + specdec.GenerationStats(rule="greedy")).rule == "mixed"
+
+
+def test_wrong_requests_are_named_and_not_submitted(hf_model: Any) -> None:
+    model = specdec.wrap(hf_model)
+    two = GenerationConfig(num_return_sequences=2, do_sample=True, max_new_tokens=2)
+    with model.engine() as engine:
+        for tokens, message in (
+            ([5, VOCAB], "tokens: expected ids from 0 to 96, the vocabulary, got 97"),
+            ([5, -3], "tokens: expected ids from 0 to 96, the vocabulary, got -3"),
+            ([1.5, 2.0], "tokens: expected integer token ids, got torch.float32"),
+            ("abc", "tokens: expected token ids, got 'abc'"),
+        ):
+            with pytest.raises((ValueError, TypeError), match=message):
+                engine.submit(tokens, max_new_tokens=2)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"cache_key: expected something hashable, got \[1\]"):
+            engine.submit([1, 2], cache_key=[1], max_new_tokens=2)  # type: ignore[arg-type]
+        with pytest.raises(NotImplementedError, match="num_return_sequences=2"):
+            engine.submit([1, 2], generation_config=two)
         for options, message in (
             ({"nodes": 0}, "nodes: expected 1 to 256, got 0"),
             ({"rule": "hope"}, "rule"),
             ({"drafter": "hope"}, "drafter: expected one of"),
             ({"num_return_sequences": 2}, "num_return_sequences=2"),
+            ({"attention_mask": torch.ones(1, 2)}, "attention_mask is not supported here"),
         ):
             with pytest.raises((ValueError, NotImplementedError), match=message):
                 engine.submit([1, 2], max_new_tokens=2, **options)
