@@ -220,7 +220,7 @@ class Engine:
             scores = policy.sampler.scores(here, trees, texts)
             target = policy.sampler.probs(scores) if policy.rule.samples else scores
             outcome = policy.rule.verify(trees, target, Noise(lane.seeds, roots + 1))
-            judged.append(Judgement(outcome, scores, here))
+            judged.append(Judgement(outcome, scores, here, policy.rule.samples))
             row, line = row + len(here), line + len(roots)
         return judged
 

@@ -192,6 +192,7 @@ class Call:
             requests.append(
                 Request(text, new, row_seed, stops, cache_key=cache_key, row=row, padding=pads)
             )
+        stopping.watch(requests)
         return requests
 
     def sequences(self, requests: Sequence[Request]) -> Tensor:

@@ -102,6 +102,7 @@ class Judgement:
     outcome: Outcome
     scores: Tensor  # [R, V], after the sampling options
     logits: Tensor  # [R, V]
+    sampled: bool
 
     def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and logits of some rows, float32."""
@@ -125,7 +126,9 @@ def read(trees: TreeBatch, judgement: Judgement) -> Verdict:
     """Brings an outcome to the host: one copy, the only time a step waits for the device."""
     outcome = judgement.outcome
     rows = trees.offsets[:, None] + outcome.paths.clamp_min(0)
-    healthy = judgement.scores[rows].amax(-1).isfinite().all(1)
+    best = judgement.scores[rows].amax(-1)
+    # Greedy decoding may follow an infinite score; nothing can be drawn by one.
+    healthy = (best.isfinite() if judgement.sampled else best > float("-inf")).all(1)
     packed = torch.cat(
         [
             outcome.paths,

@@ -35,6 +35,10 @@ class Stopping:
         self._stopped: dict[int, int] = {}  # rows that wait for the others, and where they stopped
         self._requests: dict[int, Request] = {}
 
+    def watch(self, requests: Sequence[Request]) -> None:
+        """Tells it the request of each row, so that nobody waits for one that has failed."""
+        self._requests = dict(enumerate(requests))
+
     def of_row(self, row: int) -> Callable[[Request], bool]:
         """Whether a row ends with its last token."""
         prompt = self._input_ids[row].tolist()
@@ -42,7 +46,6 @@ class Stopping:
         def ends(request: Request) -> bool:
             if self._eos or not self._others:
                 return request.tokens[-1] in self._eos or self._asked(row, prompt, request)
-            self._requests[row] = request
             emitted = len(request.tokens) - request.prompt_length
             full = emitted >= request.max_new_tokens
             if row not in self._stopped and (full or self._asked(row, prompt, request)):

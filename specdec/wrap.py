@@ -216,7 +216,8 @@ class SpeculativeModel:
         """Like `generate`, but yields every step: new tokens, drafted and accepted nodes by row.
 
         Options are checked at the call, not at the first step. Closing the iterator early frees
-        everything.
+        everything. In a batch without an end-of-sequence token, a row may have yielded tokens
+        behind the place where a stopping criterion ends all rows; `generate` cuts them off.
         """
         call = self._prepare(
             inputs, generation_config, logits_processor, stopping_criteria, tokenizer, options

@@ -248,6 +248,16 @@ def test_texts_that_cannot_occur_are_not_asked_about(model: Any) -> None:
     assert torch.equal(wild.generate(prompt, **options), expected)
 
 
+def test_greedy_decoding_follows_an_infinite_score(wrapped: Any) -> None:
+    class Forced(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            return scores.index_fill(1, torch.tensor([7]), torch.inf)
+
+    prompt, processors = torch.tensor([[1, 2, 3]]), LogitsProcessorList([Forced()])
+    out = wrapped.generate(prompt, logits_processor=processors, max_new_tokens=4, do_sample=False)
+    assert out.tolist() == [[1, 2, 3, 7, 7, 7, 7]]
+
+
 class EvensOnly(LogitsProcessor):
     """Odd tokens are impossible, and after one everything is."""
 
