@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Backend = Literal["auto", "reference", "sdpa", "triton"]
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TRITON_PAGE = 16
+"""Tokens of the smallest page that `triton` reads: each page of a tile is a product of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +159,8 @@ def tree_attention(
         lse: [R, Hq] float32, filled with the natural logarithm of the sum of the exponentials of
             the scores a row sees, without the sink.
         backend: `reference`, `sdpa`, `triton`, or `auto`: `triton` for float32, float16 and
-            bfloat16 on a GPU, else `sdpa`. `triton` runs on the current device.
+            bfloat16 on a GPU with pages of at least 16 tokens, else `sdpa`. `triton` runs on the
+            current device.
         mode: how `triton` cuts the work; see docs/tree-attention.md. The result is the same.
 
     Returns:
@@ -187,7 +190,8 @@ def tree_attention(
         raise ValueError(f"sinks: expected [{query.shape[1]}], got {list(sinks.shape)}")
     scale = 1 / math.sqrt(query.shape[2]) if scale is None else scale
     if backend == "auto":
-        backend = "triton" if query.is_cuda and query.dtype in TRITON_DTYPES else "sdpa"
+        fits = query.dtype in TRITON_DTYPES and plan.page_size >= TRITON_PAGE
+        backend = "triton" if query.is_cuda and fits else "sdpa"
     match backend:
         case "triton":
             return _triton(query, pages, plan, scale, window, softcap, sinks, lse, mode)
@@ -234,6 +238,11 @@ def _triton(
         raise ValueError(f"backend: triton needs a GPU, got tensors on {query.device}; use sdpa")
     if query.dtype not in TRITON_DTYPES:
         raise ValueError(f"backend: triton computes in {TRITON_DTYPES}, got {query.dtype}")
+    if plan.page_size < TRITON_PAGE:
+        raise ValueError(
+            f"backend: triton reads pages of at least {TRITON_PAGE} tokens, got {plan.page_size}; "
+            "use sdpa, or a larger page_size"
+        )
     if lse is not None and not lse.is_contiguous():
         raise ValueError(f"lse: expected a contiguous tensor, got strides {lse.stride()}")
     if mode not in MODES:

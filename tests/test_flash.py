@@ -325,6 +325,8 @@ def test_wrong_arguments_are_named() -> None:
         scene.run(sinks=torch.zeros(1, device=DEVICE))
     with pytest.raises(ValueError, match="lse: expected a contiguous tensor"):
         scene.run(lse=torch.empty(6, len(scene.query), device=DEVICE).T)
+    with pytest.raises(ValueError, match="pages of at least 16 tokens, got 8"):
+        private(page_size=8).run()
     with pytest.raises(ValueError, match=r"mode: expected sequence, node, .*got 'best'"):
         scene.run("best")  # type: ignore[arg-type]
 
