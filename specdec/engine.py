@@ -16,7 +16,8 @@ from torch import Tensor
 
 from specdec.batch import TreeBatch
 from specdec.drafting import DraftContext, Observation
-from specdec.load import Judgement, Lane, Load, Verdict, read, stacked
+from specdec.judge import Judgement, judge
+from specdec.load import Lane, Load, Verdict, read, stacked
 from specdec.pages import OutOfPages, check_count
 from specdec.request import Emission, Policy, Request, RequestError
 from specdec.sampling import Text
@@ -217,10 +218,10 @@ class Engine:
             here, roots = logits[row:][: len(trees.tokens)], starts[line:][: len(lane.requests)]
             policy = lane.policy
             texts = [Text((*r.padding, *r.tokens), r.row) for r in lane.requests]
-            scores = policy.sampler.scores(here, trees, texts)
-            target = policy.sampler.probs(scores) if policy.rule.samples else scores
-            outcome = policy.rule.verify(trees, target, Noise(lane.seeds, roots + 1))
-            judged.append(Judgement(outcome, scores, here, policy.rule.samples))
+            noise = Noise(lane.seeds, roots + 1)
+            judged.append(
+                judge(policy.rule, policy.sampler, here, trees, texts, noise, keep=policy.keep)
+            )
             row, line = row + len(here), line + len(roots)
         return judged
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from specdec.attention import AttentionPlan
 from specdec.batch import TreeBatch
 from specdec.bits import chain_words
+from specdec.judge import Judgement
 from specdec.request import Policy, Request
 from specdec.speculation import Speculation
 from specdec.transfer import upload
-from specdec.verify import Outcome
 
 
 @dataclass(frozen=True)
@@ -96,20 +96,6 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What a rule decided for the trees of a lane, and from what."""
-
-    outcome: Outcome
-    scores: Tensor  # [R, V], after the sampling options
-    logits: Tensor  # [R, V]
-    sampled: bool
-
-    def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and logits of some rows, float32."""
-        return self.scores[rows].float(), self.logits[rows].float()
-
-
-@dataclass(frozen=True)
 class Verdict:
     """An outcome on the host, by tree. Paths and tokens begin with the root."""
 
@@ -126,16 +112,13 @@ def read(trees: TreeBatch, judgement: Judgement) -> Verdict:
     """Brings an outcome to the host: one copy, the only time a step waits for the device."""
     outcome = judgement.outcome
     rows = trees.offsets[:, None] + outcome.paths.clamp_min(0)
-    best = judgement.scores[rows].amax(-1)
-    # Greedy decoding may follow an infinite score; nothing can be drawn by one.
-    healthy = (best.isfinite() if judgement.sampled else best > float("-inf")).all(1)
     packed = torch.cat(
         [
             outcome.paths,
             trees.tokens[rows],
             outcome.next_tokens[:, None],
             outcome.continued[:, None].long(),
-            healthy[:, None].long(),
+            judgement.healthy[:, None].long(),
         ],
         dim=1,
     )
