@@ -188,7 +188,7 @@ class Engine:
         try:
             with self._watch.phase("draft"):
                 proposals = [self._propose(lane) for lane in lanes]
-            load = Load(lanes, proposals, pieces)
+            load = Load(lanes, proposals, pieces, self.target.device)
             leased = self.target.cache.speculate(load.sequences, load.rows)
         except OutOfPages as error:  # of a drafter's own cache, or trees deeper than was asked for
             self._begin_again(lanes, error)
@@ -198,6 +198,7 @@ class Engine:
             plan = load.plan(lease)
             with self._watch.phase("forward" if lanes else "prefill"):
                 logits = self.target.forward(load.tokens(plan.slots.device), plan, keep=load.keep)
+            load.score_prompts(logits)
             with self._watch.phase("accept"):
                 judged = self._verify(load, logits, starts)
             with self._watch.phase("commit"):

@@ -37,6 +37,7 @@ class Load:
     lanes: Sequence[Lane]
     proposals: Sequence[TreeBatch]
     pieces: Sequence[tuple[Request, int]]
+    device: torch.device
 
     @property
     def sequences(self) -> list[int]:
@@ -63,10 +64,34 @@ class Load:
         """Whose logits are needed, as `Target.forward` takes it: those of the trees."""
         if not self.pieces:
             return 0
+        rows = sum(len(trees.tokens) for trees in self.proposals)
+        asked = [row for _, first, count in self.asked for row in range(first, first + count)]
+        if asked:
+            return upload([*range(rows), *(rows + row for row in asked)], self.device)
         if not self.lanes:
             return 1  # none, but models want to compute some
-        rows = sum(len(trees.tokens) for trees in self.proposals)
         return torch.arange(rows, device=self.proposals[0].device)
+
+    @cached_property
+    def asked(self) -> list[tuple[Request, int, int]]:
+        """Pieces of prompts whose log-probabilities are asked for: request, first row, rows.
+
+        Rows are counted behind those of the trees.
+        """
+        found, row = [], 0
+        for request, count in self.pieces:
+            if request.prompt_scores is not None and request.cached < request.prompt_length - 1:
+                found.append((request, row, count))
+            row += count
+        return found
+
+    def score_prompts(self, logits: Tensor) -> None:
+        """Hands the kept rows of prompts to who asked for them."""
+        row = sum(len(trees.tokens) for trees in self.proposals)
+        for request, _, count in self.asked:
+            assert request.prompt_scores is not None
+            request.prompt_scores.add(request.cached, request.tokens, logits[row : row + count])
+            row += count
 
     def plan(self, lease: Speculation) -> AttentionPlan:
         """Trees first, then pieces of prompts, which are chains."""

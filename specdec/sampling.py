@@ -77,7 +77,7 @@ OF_TEXT = (
 """They look at the text as well, row by row: all nodes with texts of one length at once."""
 
 REFUSED = {
-    UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance runs a second model of its own",
+    UnbatchedClassifierFreeGuidanceLogitsProcessor: "it remembers one text; use guidance_scale",
     SynthIDTextWatermarkLogitsProcessor: "it remembers its last call, and trees have many",
 }
 
@@ -97,6 +97,9 @@ class TreeProcessor(LogitsProcessor):
     @abstractmethod
     def process_trees(self, scores: Tensor, histories: Histories) -> Tensor:
         """[R, V] float32 scores behind each node to the same, processed."""
+
+    def end(self, row: int) -> None:  # noqa: B027 - optional
+        """The request of a row stops running, finished or not; it may come back."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,12 @@ class Sampler:
                 many = scores[row].expand(self.rows, -1).clone()
                 processed[row] = processor(text.expand(self.rows, -1), many)[place]
         return processed
+
+    def end(self, row: int) -> None:
+        """Tells processors that keep something for a request that it stops running."""
+        for processor in self.processors:
+            if isinstance(processor, TreeProcessor):
+                processor.end(row)
 
     def probs(self, scores: Tensor) -> Tensor:
         """[R, V] float32 distributions of the next tokens; rows sum to one."""
