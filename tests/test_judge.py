@@ -162,12 +162,14 @@ def random_tree(law: ProposalLaw, generator: torch.Generator) -> TokenTree:
     )
 
 
-def scene(law: ProposalLaw, trees: int = 8) -> tuple[TreeBatch, Tensor, Noise]:
+def scene(law: ProposalLaw, trees: int = 5) -> tuple[TreeBatch, Tensor, Noise]:
     generator = torch.Generator().manual_seed(int(law))
     batch = TreeBatch.pack(
         [random_tree(law, generator) for _ in range(trees)], vocab_size=SMALL, device=DEVICE
     )
-    logits = torch.randn(len(batch.tokens), SMALL, generator=generator).to(DEVICE) * 2
+    logits = torch.randn(len(batch.tokens), SMALL, generator=generator).to(DEVICE)
+    above = batch.offsets[batch.tree] + batch.parents.clamp_min(0)
+    logits[above, batch.tokens] += 4  # so that something is accepted
     seeds = split_seeds(int(law), trees, DEVICE)
     return batch, logits, Noise(seeds, torch.arange(trees, device=DEVICE) + 5)
 
@@ -182,7 +184,7 @@ def test_kernels_decide_as_the_rules_do(name: str, law: ProposalLaw) -> None:
     if law not in rule.legal_laws:
         pytest.skip("an illegal pair")
     trees, logits, noise = scene(law)
-    sampler = Sampler(True, warpers(Cuts(1.2, top_p=0.95)))
+    sampler = Sampler(True, warpers(Cuts(1.2, min_p=0.05)))
     target = sampler.probs(sampler.scores(logits, trees, [])) if rule.samples else logits
     wanted = rule.verify(trees, target, noise)
     found = Judgement(*by_kernels(rule, sampler, logits, trees, noise))
