@@ -1,4 +1,4 @@
-"""The promise "same distribution" on a real model: sampled continuations, and ties in half precision.
+"""The promises on a real model: sampled continuations, and ties in half precision.
 
     python -m specdec.eval.proofs continuations --device cuda --json continuations.json
     python -m specdec.eval.proofs ties --device cuda --json ties.json

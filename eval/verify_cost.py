@@ -124,9 +124,7 @@ def make_sampler(options: str) -> Sampler:
     return Sampler(True, warpers)
 
 
-def alike(
-    case: Case, trees: TreeBatch, logits: Tensor, noise: Noise, found: Outcome
-) -> int:
+def alike(case: Case, trees: TreeBatch, logits: Tensor, noise: Noise, found: Outcome) -> int:
     """How many trees torch decides as `found`.
 
     The distributions are in float32; what the rounding of sums moves over an edge can differ.
@@ -162,9 +160,7 @@ def measure(
         sets = [first, *(first.clone() for _ in range(-(-cold // size) - 1))]
         if len(sets) == 1 and device.type == "cuda":
             sets.append(first.clone())
-        noise = Noise(
-            split_seeds(0, batch, device), torch.full((batch,), 100, device=device)
-        )
+        noise = Noise(split_seeds(0, batch, device), torch.full((batch,), 100, device=device))
         for case in CASES:
             trees = make_trees(case.law, batch, nodes, first)
             rule, sampler = RULES[case.rule](), make_sampler(case.options)

@@ -291,7 +291,9 @@ def _cut_kernel(
                     fits = (mass > 0) & (upto - mass <= point)
                     if tl.max(fits.to(tl.int32), 0) > 0:
                         home = tl.max(tl.where(fits, ids, -1), 0)
-                        left = tl.min(tl.where(fits & (ids == home), point - (upto - mass), 1e300), 0)
+                        left = tl.min(
+                            tl.where(fits & (ids == home), point - (upto - mass), 1e300), 0
+                        )
                     passed += tl.sum(mass, 0)
                     open_ = (passed <= point).to(tl.int32)
             token = home * GROUP + tl.arange(0, GROUP)

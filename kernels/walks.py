@@ -70,7 +70,8 @@ def _tree(TOKENS, PARENTS, OFFSETS, tree, trees, rows, NP: tl.constexpr):
 
 @triton.jit
 def _finish(
-    PATHS, CONTINUED, HEALTHY, DEPTHS, ANCESTORS, BEST, tree, width, start, node, real, parent, last,
+    PATHS, CONTINUED, HEALTHY, DEPTHS, ANCESTORS, BEST, tree, width,
+    start, node, real, parent, last,
     SAMPLED: tl.constexpr, W: tl.constexpr, NP: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """Writes the path to a tree's node `last`, and whether it can and could go on."""
@@ -217,7 +218,7 @@ def _reject_kernel(
         entered = tl.where(node == 0, 1.0, 0.0)
         accept = tl.zeros([NP], tl.float32) + 1.0
         count = tl.sum(real.to(tl.int32), 0)
-        for inner in range(0, count):
+        for inner in range(count):
             kid = real & (parent == inner)
             if tl.max(kid.to(tl.int32), 0) > 0:
                 weight = tl.sum(tl.where(node == inner, entered, 0.0), 0)
@@ -306,13 +307,11 @@ def _residual_kernel(
     change = tl.where(name >= 0, share - factor * usual, 0.0)
     chunk = tl.arange(0, CP)
     masses = tl.zeros([CP], tl.float64)
-    for index in range(0, chunks):
+    for index in range(chunks):
         peak = tl.load(PEAKS + row * chunks + index)
         if ordered(peak, SHIFT) >= floor:
             token = index * CHUNK + tl.arange(0, CHUNK)
-            p = _chance(
-                LOGITS, token, token < vocab, best, norm, floor, first, scale, min_p, SHIFT
-            )
+            p = _chance(LOGITS, token, token < vocab, best, norm, floor, first, scale, min_p, SHIFT)
             mass = factor * tl.sum(p, 0)
             mass += tl.sum(tl.where(name // CHUNK == index, change, 0.0), 0)
             masses = tl.where(chunk == index, tl.maximum(mass, 0.0).to(tl.float64), masses)

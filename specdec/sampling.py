@@ -98,7 +98,7 @@ class TreeProcessor(LogitsProcessor):
     def process_trees(self, scores: Tensor, histories: Histories) -> Tensor:
         """[R, V] float32 scores behind each node to the same, processed."""
 
-    def end(self, row: int) -> None:  # noqa: B027 - optional
+    def end(self, row: int) -> None:
         """The request of a row stops running, finished or not; it may come back."""
 
 

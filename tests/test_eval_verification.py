@@ -56,9 +56,7 @@ def test_ties_are_counted_against_transformers(model: Any) -> None:
     assert proofs.compare_ties(model, specdec.wrap(other, "ngram"), prompts, 12)[1].different == 3
 
 
-def test_rules_are_measured_on_a_padded_batch(
-    model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rules_are_measured_on_a_padded_batch(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(rules.SHAPES, "small", Topology.branching([2, 2]))
     prompts = [torch.randint(8, VOCAB, (1, length)) for length in (4, 7)]
     rows = rules.measure(
