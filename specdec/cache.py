@@ -74,6 +74,10 @@ class TreeKVCache:
         """An upper bound of a sequence's committed length, known without asking the device."""
         return self._sequences[sequence].bound
 
+    def pages_of(self, sequence: int) -> list[int]:
+        """The pages of a sequence, in order."""
+        return list(self._sequences[sequence].pages)
+
     def admit(self, prompt: Sequence[int] = (), *, key: Hashable = None) -> int:
         """Opens a sequence and returns its number, the lowest that is free.
 

@@ -36,7 +36,7 @@ from specdec.rules import check_rule, select_rule
 from specdec.sampling import Sampler
 from specdec.serving import ServingEngine
 from specdec.support import causal_model, check_length
-from specdec.target import Target
+from specdec.target import Layers, Target
 from specdec.tree import MAX_NODES
 from specdec.verify import AcceptanceRule
 
@@ -67,6 +67,8 @@ def wrap(
     prefix_cache: bool = True,
     max_cached_bytes: int | None = None,
     backend: Backend = "auto",
+    layers: Layers = "auto",
+    capture: bool = True,
 ) -> SpeculativeModel:
     """Makes a model's `generate()` speculative without changing what it generates.
 
@@ -88,6 +90,11 @@ def wrap(
         max_cached_bytes: for how much of that there is room, at most; by default a tenth of the
             device's memory.
         backend: the backend of tree attention.
+        layers: who computes the model's layers: `fused`, in few kernels, for the standard decoder
+            families; `transformers`, for all. `auto` takes the first on a GPU where it fits. Then
+            the model's weights are packed where they lie, see `unwrap`.
+        capture: run decoding steps as CUDA graphs where they can be; `stats.paths` tells which were
+            not, and why.
 
     Raises:
         UnsupportedModel: the model cannot be driven with trees; the message says why.
@@ -103,6 +110,8 @@ def wrap(
         prefix_cache=prefix_cache,
         max_cached_bytes=max_cached_bytes,
         backend=backend,
+        layers=layers,
+        capture=capture,
     )
 
 
