@@ -216,7 +216,6 @@ class StepGraphs:
     _texts: dict[int, Texts] = field(default_factory=dict)
     _graphs: dict[Hashable, Graph] = field(default_factory=dict)
     _places: Hashable = None  # where the tensors that the graphs refer to lie
-    _memory: Any = None
 
     def texts(self, requests: int, longest: int) -> Texts:
         """Room for so many texts of a length; whoever had it last has finished with it."""
@@ -268,14 +267,17 @@ class StepGraphs:
         stream = torch.cuda.Stream()
         stream.wait_stream(now)
         with torch.cuda.stream(stream):
-            found.capture_begin(self._memory, capture_error_mode="thread_local")
+            found.capture_begin(self._memory(), capture_error_mode="thread_local")
             try:
                 graph.step.run()
             finally:
                 found.capture_end()
         now.wait_stream(stream)
-        self._memory = self._memory or found.pool()
         graph.graph = found
+
+    def _memory(self) -> Any:
+        """What the graphs that there are allocate from; None if there are none."""
+        return next((g.graph.pool() for g in self._graphs.values() if g.graph is not None), None)
 
     def _where(self) -> Hashable:
         cache = self.target.cache
@@ -322,6 +324,10 @@ class CapturedLane:
         if self._texts is None:
             lane = self.lane
             longest = max(request.max_length for request in lane.requests)
+            self.graphs.target.cache.expect(
+                lane.sequences,
+                [request.max_length + 2 * lane.policy.nodes for request in lane.requests],
+            )
             self._texts = self.graphs.texts(len(lane.requests), longest)
             self._texts.load(lane)
             self._texts.owner = self

@@ -27,6 +27,9 @@ from specdec.target import Target
 from specdec.transfer import upload
 from specdec.verify import Noise
 
+STEP_TOKENS = 2048
+"""Enough rows to keep a GPU busy with a prompt; more would let those that decode wait for long."""
+
 
 class Engine:
     """Runs requests through one target.
@@ -48,7 +51,7 @@ class Engine:
         target: Target,
         policy: Policy,
         *,
-        step_tokens: int = 512,
+        step_tokens: int = STEP_TOKENS,
         prefix_cache: bool = True,
         max_running: int | None = None,
     ) -> None:

@@ -19,7 +19,7 @@ from specdec.attention import Backend
 from specdec.branching import Branch, check_branches, check_weights, grow
 from specdec.cache import TreeKVCache
 from specdec.drafting import Drafter
-from specdec.engine import Engine
+from specdec.engine import STEP_TOKENS, Engine
 from specdec.generation import (
     Call,
     SpeculativeOutput,
@@ -314,7 +314,9 @@ class SpeculativeModel:
             **self._target_options,
         )
 
-    def engine(self, *, step_tokens: int = 512, max_running: int | None = None) -> ServingEngine:
+    def engine(
+        self, *, step_tokens: int = STEP_TOKENS, max_running: int | None = None
+    ) -> ServingEngine:
         """Continuous batching: requests are submitted one by one and share every pass.
 
         Args:
