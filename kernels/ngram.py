@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit(do_not_specialize=["text_width", "max_depth"])
+@triton.jit(do_not_specialize=["text_width", "max_depth", "N"])
 def _draft_kernel(
-    TEXT, text_width, LENGTHS, PLACES, TOKENS, PARENTS, COUNTS, max_depth, decay,
-    N: tl.constexpr, NP: tl.constexpr, M: tl.constexpr, MAX_NGRAM: tl.constexpr,
+    TEXT, text_width, LENGTHS, PLACES, TOKENS, PARENTS, COUNTS, max_depth, decay, N,
+    NP: tl.constexpr, M: tl.constexpr, MAX_NGRAM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
@@ -122,7 +122,7 @@ def draft(
     """
     requests, nodes = len(lengths), len(tokens) // len(lengths)
     _draft_kernel[(requests,)](
-        text, text.shape[1], lengths, places, tokens, parents, counts, max_depth, decay,
-        N=nodes, NP=max(16, triton.next_power_of_2(nodes)), M=places.shape[1],
+        text, text.shape[1], lengths, places, tokens, parents, counts, max_depth, decay, nodes,
+        NP=max(64, triton.next_power_of_2(nodes)), M=places.shape[1],
         MAX_NGRAM=max_ngram, BLOCK=1024, num_warps=4,
     )  # fmt: skip

@@ -4,7 +4,7 @@ Everything is read from and written to device tensors of fixed shape, one progra
 so that a CUDA graph can hold a whole step and the next one begins where it ended.
 
 Letters: B requests, N nodes of each tree (fillers included), R = B * N rows, W words of ancestor
-bits, S sequences of the cache, V vocabulary, T room for a text.
+bits, S sequences of the cache, T room for a text, D nodes of a path.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 EMITTED, DRAFTED, ACCEPTED, FLAGS, TOKENS = map(tl.constexpr, range(5))
-"""Columns of a request's report; its tokens follow."""
+"""Columns of a request's report; its tokens follow, then the nodes of its path."""
 CONTINUED, FAILED = tl.constexpr(1), tl.constexpr(2)
 """Flags: the last node of the path had children; a node of the path had no next token."""
 
@@ -28,11 +28,12 @@ def _slot(TABLE, width, sequence, place, PAGE: tl.constexpr, mask):
     return page * PAGE + place % PAGE
 
 
-@triton.jit(do_not_specialize=["width"])
+# One compilation serves trees of all sizes.
+@triton.jit(do_not_specialize=["width", "N"])
 def _place_kernel(
     SEQUENCES, LENGTHS, LIMITS, PARENTS, TABLE, width,
-    ROW_SEQUENCES, DEPTHS, ANCESTORS, SLOTS, POSITIONS,
-    N: tl.constexpr, NP: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
+    ROW_SEQUENCES, DEPTHS, ANCESTORS, SLOTS, POSITIONS, N,
+    NP: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
     node = tl.arange(0, NP)
@@ -63,12 +64,12 @@ def _place_kernel(
     tl.store(POSITIONS + row, tl.minimum(prefix + depth, last), mask=real)
 
 
-@triton.jit(do_not_specialize=["width", "text_width", "vocabulary", "report_width", "moves"])
+@triton.jit(do_not_specialize=["width", "text_width", "report_width", "moves", "N"])
 def _accept_kernel(
     SEQUENCES, LENGTHS, LIMITS, TEXT, text_width, TEXT_LENGTHS, TABLE, width,
     TOKENS_, PARENTS, DEPTHS, ANCESTORS, COUNTS, CHOICES, BEST,
-    SOURCES, TARGETS, moves, REPORT, report_width,
-    N: tl.constexpr, NP: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
+    SOURCES, TARGETS, moves, REPORT, report_width, N,
+    NP: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
     node = tl.arange(0, NP)
@@ -116,6 +117,7 @@ def _accept_kernel(
     best = tl.load(BEST + row, mask=on_path, other=0.0).to(tl.float32)
     failed = tl.max((on_path & ((best > float("-inf")) == 0)).to(tl.int32), 0)
     continued = tl.max((real & (parent == end)).to(tl.int32), 0)
+    tl.store(report + TOKENS + moves + 1 + depth, node, mask=on_path)
     tl.store(report + EMITTED, emitted)
     tl.store(report + DRAFTED, count.to(tl.int32) - 1)
     tl.store(report + ACCEPTED, path_depth)
@@ -165,16 +167,17 @@ def place(
         page_size: tokens in a page.
         row_sequences: [R] int64, filled with the sequence of each row.
         depths: [R] int64, filled.
-        ancestors: [R, W] int32, filled with the bits of each node and its ancestors.
+        ancestors: [R, W] int32, filled with the bits of each node and its ancestors; W a power of
+            two, with room for N bits.
         slots: [R] int64, filled with the place of each row's key and value.
         positions: [R] int64, filled.
     """
     requests, nodes = len(sequences), len(parents) // len(sequences)
     _place_kernel[(requests,)](
         sequences, lengths, limits, parents, page_table, page_table.shape[1],
-        row_sequences, depths, ancestors, slots, positions,
-        N=nodes, NP=_lanes(nodes), W=ancestors.shape[1], PAGE=page_size,
-        num_warps=max(1, _lanes(nodes) // 32),
+        row_sequences, depths, ancestors, slots, positions, nodes,
+        NP=32 * ancestors.shape[1], W=ancestors.shape[1], PAGE=page_size,
+        num_warps=ancestors.shape[1],
     )  # fmt: skip
 
 
@@ -214,18 +217,15 @@ def accept(
         best: [R], a score of that choice; minus infinity or NaN means that there is none.
         sources, targets: [B, D] int64, filled with the slots between which rows move; D is at least
             the depth of the deepest node plus 1.
-        report: [B, 4 + N] int32, filled; see `EMITTED` to `TOKENS`.
+        report: [B, 5 + 2 * D] int32, filled: 4 numbers, see `EMITTED` to `FLAGS`; the tokens, at
+            most D + 1; the path's nodes from the root down, as many as were accepted and one.
     """
     requests, nodes = len(sequences), len(parents) // len(sequences)
     _accept_kernel[(requests,)](
         sequences, lengths, limits, text, text.shape[1], text_lengths,
         page_table, page_table.shape[1],
         tokens, parents, depths, ancestors, counts, choices, best,
-        sources, targets, sources.shape[1], report, report.shape[1],
-        N=nodes, NP=_lanes(nodes), W=ancestors.shape[1], PAGE=page_size,
-        num_warps=max(1, _lanes(nodes) // 32),
+        sources, targets, sources.shape[1], report, report.shape[1], nodes,
+        NP=32 * ancestors.shape[1], W=ancestors.shape[1], PAGE=page_size,
+        num_warps=ancestors.shape[1],
     )  # fmt: skip
-
-
-def _lanes(nodes: int) -> int:
-    return max(16, int(triton.next_power_of_2(nodes)))

@@ -19,21 +19,25 @@ import torch
 from torch import Tensor
 
 from specdec.attention import AttentionPlan
+from specdec.budget import NodeBudget
 from specdec.cache import Speculation
 from specdec.drafting import DeviceDrafter, DraftBuffers, Drafter, RootsOnly
-from specdec.rules import Greedy
 from specdec.transfer import upload
+from specdec.verify import DeviceChoice
 
 if TYPE_CHECKING:
     from specdec.load import Lane
+    from specdec.request import Policy
     from specdec.target import Target
 
 ROOM = 256
 """Texts are given room for a multiple of so many tokens."""
 SHORTEST = 1024
 """Of the prefixes that a graph is made for; later ones are for twice as many tokens."""
-REPORT = 4
-"""Numbers of a request's report before its tokens; see `kernels.steps`."""
+
+
+TIME_MEMORY = 0.2
+"""Weight of the newest time of a step among those before."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Report:
     accepted: int  # nodes, the root not counted, also those that did not fit
     continued: bool  # the last node of the path had children
     failed: bool  # a node of the path had no next token
+    path: tuple[int, ...]  # accepted nodes, the root first, also those that did not fit
 
 
 @dataclass(eq=False)
@@ -55,6 +60,7 @@ class Texts:
     limits: Tensor  # [B] int64
     tokens: Tensor  # [B, T] int32
     lengths: Tensor  # [B] int64
+    seeds: Tensor  # [B] int64
     owner: CapturedLane | None = None
 
     @classmethod
@@ -63,7 +69,7 @@ class Texts:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
         tokens = torch.zeros(requests, room, dtype=torch.int32, device=device)
-        return cls(zeros(requests), zeros(requests), tokens, zeros(requests))
+        return cls(zeros(requests), zeros(requests), tokens, zeros(requests), zeros(requests))
 
     def load(self, lane: Lane) -> None:
         """Takes over what the host knows of a lane's requests."""
@@ -75,6 +81,7 @@ class Texts:
             [*(len(request.tokens) for request in lane.requests), *(1 for _ in fill)],
         ]
         self.sequences[:], self.limits[:], self.lengths[:] = upload(facts, device)
+        self.seeds[: len(lane.seeds)] = lane.seeds
         longest = max(len(request.tokens) for request in lane.requests)
         rows = torch.zeros(size, longest, dtype=torch.int32)
         for row, request in zip(rows, lane.requests, strict=False):
@@ -89,7 +96,10 @@ class Step:
         target: the model and its cache.
         texts: what is decoded.
         drafter: grows the trees.
+        choice: what the target says after each node.
         nodes: N.
+        words: of ancestor bits, a power of two; the same for trees of all sizes, so that kernels
+            are compiled once.
         longest: committed tokens of a sequence, at most.
         shared: whether sequences may share pages.
     """
@@ -99,11 +109,13 @@ class Step:
         target: Target,
         texts: Texts,
         drafter: DeviceDrafter,
+        choice: DeviceChoice,
         nodes: int,
+        words: int,
         longest: int,
         shared: bool,
     ) -> None:
-        self.target, self.texts, self.drafter = target, texts, drafter
+        self.target, self.texts, self.drafter, self.choice = target, texts, drafter, choice
         self.longest, self.shared = longest, shared
         count, device = len(texts.lengths), target.device
         rows = count * nodes
@@ -122,10 +134,10 @@ class Step:
         self.nodes = torch.arange(nodes, device=device).repeat(count)
         self.row_starts = torch.arange(count + 1, dtype=torch.int32, device=device) * nodes
         self.row_sequences, self.depths = zeros(rows), zeros(rows)
-        self.ancestors = zeros(rows, (nodes + 31) // 32, dtype=torch.int32)
+        self.ancestors = zeros(rows, words, dtype=torch.int32)
         self.slots, self.positions = zeros(rows), zeros(rows)
         self.sources, self.targets = zeros(count, self.path), zeros(count, self.path)
-        self.report = zeros(count, REPORT + self.path + 1, dtype=torch.int32)
+        self.report = zeros(count, 5 + 2 * self.path, dtype=torch.int32)
 
     def run(self) -> None:
         """Launches all of the step; the host waits for nothing."""
@@ -149,7 +161,9 @@ class Step:
             positions=self.positions,
         )
         logits = target.forward(trees.tokens, self._plan())
-        best, choices = logits.max(-1)
+        choices, best = self.choice.choose(
+            logits, texts.seeds, texts.lengths, self.depths.view(len(texts.lengths), -1)
+        )
         steps.accept(
             texts.sequences,
             cache.lengths,
@@ -192,9 +206,18 @@ class Step:
     def read(self, numbers: list[list[int]]) -> list[Report]:
         """The reports of a step, from what was copied to the host."""
         reports = []
-        for emitted, drafted, accepted, flags, *tokens in numbers:
-            path = tuple(tokens[:emitted])
-            reports.append(Report(path, drafted, accepted, bool(flags & 1), bool(flags & 2)))
+        for emitted, drafted, accepted, flags, *rest in numbers:
+            tokens, path = rest[: self.path + 1], rest[self.path + 1 :]
+            reports.append(
+                Report(
+                    tuple(tokens[:emitted]),
+                    drafted,
+                    accepted,
+                    bool(flags & 1),
+                    bool(flags & 2),
+                    tuple(path[: accepted + 1]),
+                )
+            )
         return reports
 
 
@@ -203,9 +226,17 @@ class Graph:
     """A step, and after its first run the graph that replays it."""
 
     step: Step
-    drafter: Drafter  # kept alive: graphs are found by it
+    policy: Policy  # kept alive: graphs are found by what it is made of
     graph: torch.cuda.CUDAGraph | None = None
     warm: bool = False
+    seconds: float | None = None  # of a replay
+
+    def timed(self, seconds: float) -> None:
+        """Takes in how long a replay took."""
+        if self.seconds is None:
+            self.seconds = seconds
+        else:
+            self.seconds += TIME_MEMORY * (seconds - self.seconds)
 
 
 @dataclass(eq=False)
@@ -215,6 +246,7 @@ class StepGraphs:
     target: Target
     _texts: dict[int, Texts] = field(default_factory=dict)
     _graphs: dict[Hashable, Graph] = field(default_factory=dict)
+    _budgets: dict[Hashable, tuple[Drafter, NodeBudget]] = field(default_factory=dict)
     _places: Hashable = None  # where the tensors that the graphs refer to lie
 
     def texts(self, requests: int, longest: int) -> Texts:
@@ -231,49 +263,65 @@ class StepGraphs:
         found.owner = None
         return found
 
-    def graph(
-        self, texts: Texts, drafter: Drafter, nodes: int, longest: int, shared: bool
-    ) -> Graph:
+    def graph(self, texts: Texts, policy: Policy, nodes: int, longest: int, shared: bool) -> Graph:
         """The graph for such a step, which may still be empty."""
         places = self._where()
         if places != self._places:  # the old graphs would write to memory that is others' now
             self._graphs.clear()
             self._places = places
         longest = max(SHORTEST, 1 << (longest - 1).bit_length())
-        key = (len(texts.lengths), id(drafter), nodes, longest, shared)
+        count, device = len(texts.lengths), self.target.device
+        # What all requests with such options have in common, not the policy of one call.
+        how = (id(policy.drafter), type(policy.rule), policy.sampler.settings)
+        key = (count, how, nodes, policy.nodes, longest, shared)
         if key not in self._graphs:
-            own = drafter.on_device(len(texts.lengths), self.target.device) if nodes > 1 else None
-            own = own or RootsOnly()
-            step = Step(self.target, texts, own, nodes, longest, shared)
-            self._graphs[key] = Graph(step, drafter)
+            drafter = policy.drafter.on_device(count, device) if nodes > 1 else None
+            choice = policy.rule.on_device(policy.sampler)
+            assert choice is not None
+            words = 1 << ((policy.nodes + 31) // 32 - 1).bit_length()
+            step = Step(
+                self.target, texts, drafter or RootsOnly(), choice, nodes, words, longest, shared
+            )
+            self._graphs[key] = Graph(step, policy)
         return self._graphs[key]
 
-    def launch(self, graph: Graph) -> None:
-        """Runs a step: the first time as it is, which compiles what it needs; then captured.
+    def budget(self, policy: Policy) -> NodeBudget:
+        """How large trees have paid so far with a drafter."""
+        key = (id(policy.drafter), policy.nodes, policy.adaptive)
+        if key not in self._budgets:
+            budget = NodeBudget(policy.nodes, fixed=not policy.adaptive)
+            self._budgets[key] = (policy.drafter, budget)
+        return self._budgets[key][1]
 
-        A CPU has no graphs; there the steps of Triton's interpreter run as they are.
+    def launch(self, graph: Graph) -> bool:
+        """Runs a step, and says whether how long it takes means anything.
+
+        The first time it runs as it is, which compiles what it needs; then it is captured. A CPU
+        has no graphs; there the steps of Triton's interpreter run as they are.
         """
         if graph.graph is not None:
             graph.graph.replay()
-        elif not graph.warm or self.target.device.type != "cuda":
+            return True
+        if graph.warm and self.target.device.type == "cuda":
+            graph.graph = self._capture(graph.step)
+            graph.graph.replay()  # the first time takes longer
+        else:
             graph.step.run()
             graph.warm = True
-        else:
-            self._capture(graph)
-            self.launch(graph)
+        return False
 
-    def _capture(self, graph: Graph) -> None:
+    def _capture(self, step: Step) -> torch.cuda.CUDAGraph:
         found, now = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         stream = torch.cuda.Stream()
         stream.wait_stream(now)
         with torch.cuda.stream(stream):
             found.capture_begin(self._memory(), capture_error_mode="thread_local")
             try:
-                graph.step.run()
+                step.run()
             finally:
                 found.capture_end()
         now.wait_stream(stream)
-        graph.graph = found
+        return found
 
     def _memory(self) -> Any:
         """What the graphs that there are allocate from; None if there are none."""
@@ -290,9 +338,10 @@ class StepGraphs:
 class Flight:
     """A step that was launched and not yet read."""
 
-    step: Step
+    graph: Graph
     lease: Speculation
-    numbers: Tensor  # [B, 4 + path + 1] int32 on the host, once `done`
+    numbers: Tensor  # the step's report on the host, once `done`
+    begun: torch.cuda.Event | None  # None if the time it takes means nothing
     done: torch.cuda.Event | None
 
 
@@ -312,6 +361,7 @@ class CapturedLane:
         pages = [graphs.target.cache.pages_of(sequence)[:1] for sequence in lane.sequences]
         first = [page for (page,) in filter(None, pages)]
         self._shared = len(set(first)) < len(first)
+        self.budget = graphs.budget(lane.policy)
 
     def advance(self) -> list[Report]:
         """Launches a step, and reads the one before it.
@@ -352,25 +402,42 @@ class CapturedLane:
 
     def _launch(self) -> None:
         assert self._texts is not None
-        cache, nodes = self.graphs.target.cache, self.lane.policy.nodes
-        count = len(self.lane.sequences)
-        lease = cache.speculate(self.lane.sequences, [nodes] * count)
-        with lease:
-            longest = max(map(cache.length_bound, self.lane.sequences)) + nodes
-            graph = self.graphs.graph(
-                self._texts, self.lane.policy.drafter, nodes, longest, self._shared
-            )
-            self.graphs.launch(graph)
-            self._flights.append(Flight(graph.step, lease, *_to_host(graph.step.report)))
-            lease.committed(graph.step.path)
+        cache, policy = self.graphs.target.cache, self.lane.policy
+        longest = max(map(cache.length_bound, self.lane.sequences)) + policy.nodes
+
+        def graph(nodes: int) -> Graph:
+            assert self._texts is not None
+            return self.graphs.graph(self._texts, policy, nodes, longest, self._shared)
+
+        nodes = self.budget.choose(lambda size: graph(size).seconds)
+        chosen = graph(nodes)
+        begun = _event(cache.device)
+        with cache.speculate(self.lane.sequences, [nodes] * len(self.lane.sequences)) as lease:
+            tells = self.graphs.launch(chosen)
+            numbers, done = _to_host(chosen.step.report)
+            lease.committed(chosen.step.path)
+        self._flights.append(Flight(chosen, lease, numbers, begun if tells else None, done))
 
     def _read(self) -> list[Report]:
         flight = self._flights.popleft()
         if flight.done is not None:
             flight.done.synchronize()
-        reports = flight.step.read(flight.numbers.tolist())[: len(self.lane.requests)]
+            if flight.begun is not None:
+                flight.graph.timed(flight.begun.elapsed_time(flight.done) / 1000)
+        step = flight.graph.step
+        reports = step.read(flight.numbers.tolist())[: len(self.lane.requests)]
         flight.lease.settle([len(report.tokens) for report in reports])
+        self.budget.learn(step.trees.nodes, [r.path for r in reports if r.tokens])
         return reports
+
+
+def _event(device: torch.device) -> torch.cuda.Event | None:
+    """The present moment on a GPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _to_host(report: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
@@ -379,9 +446,7 @@ def _to_host(report: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         return report.clone(), None
     numbers = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
     numbers.copy_(report, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-    return numbers, done
+    return numbers, _event(report.device)
 
 
 def grounded(target: Target, lane: Lane) -> str | None:
@@ -391,10 +456,8 @@ def grounded(target: Target, lane: Lane) -> str | None:
         return "capture is off"
     if target.fused is None:
         return f"layers by transformers: {target.unfit}"
-    if not isinstance(policy.rule, Greedy):
-        return f"the rule {policy.rule.name!r} is not captured"
-    if policy.sampler.processors:
-        return "processors change the logits"
+    if policy.rule.on_device(policy.sampler) is None:
+        return f"the rule {policy.rule.name!r} with these options is not captured"
     if policy.keep:
         return "scores or logits are kept"
     if policy.drafter.on_device(1, target.device) is None:

@@ -26,6 +26,7 @@ class Policy:
         nodes: largest tree to propose, the root included.
         law: to draft under, one for which the rule is legal.
         keep: whether emissions carry `scores` and `logits`.
+        adaptive: whether captured steps may take smaller trees where these pay better.
     """
 
     drafter: Drafter
@@ -34,6 +35,7 @@ class Policy:
     nodes: int
     law: ProposalLaw
     keep: bool = False
+    adaptive: bool = True
 
 
 @dataclass(eq=False)

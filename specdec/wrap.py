@@ -48,7 +48,7 @@ FLUENT = {"apply", "eval", "requires_grad_", "to", "train", "type", "cpu", "cuda
 }
 """Methods of a module that return the module: on a wrapped model they return the wrapper."""
 
-OWN = frozenset({"drafter", "nodes", "rule", "prefix_cache"}) | {
+OWN = frozenset({"adaptive", "drafter", "nodes", "rule", "prefix_cache"}) | {
     "_model",
     "_target",
     "_target_key",
@@ -69,6 +69,7 @@ def wrap(
     backend: Backend = "auto",
     layers: Layers = "auto",
     capture: bool = True,
+    adaptive: bool = True,
 ) -> SpeculativeModel:
     """Makes a model's `generate()` speculative without changing what it generates.
 
@@ -95,6 +96,8 @@ def wrap(
             the model's weights are packed where they lie, see `unwrap`.
         capture: run decoding steps as CUDA graphs where they can be; `stats.paths` tells which were
             not, and why.
+        adaptive: let captured steps take smaller trees than `nodes`, or none, where these pay
+            better by measured times. What is generated does not depend on it.
 
     Raises:
         UnsupportedModel: the model cannot be driven with trees; the message says why.
@@ -112,19 +115,21 @@ def wrap(
         backend=backend,
         layers=layers,
         capture=capture,
+        adaptive=adaptive,
     )
 
 
 class SpeculativeModel:
     """A wrapped model: `generate` and `stream` are speculative, all else is the model's own.
 
-    `drafter`, `rule`, `nodes` and `prefix_cache` may be changed between calls.
+    `drafter`, `rule`, `nodes`, `adaptive` and `prefix_cache` may be changed between calls.
     """
 
     drafter: Drafter
     rule: str | AcceptanceRule
     nodes: int
     prefix_cache: bool
+    adaptive: bool
     _model: Any
     _target: Target | None
     _target_options: dict[str, Any]
@@ -138,9 +143,11 @@ class SpeculativeModel:
         rule: str | AcceptanceRule,
         nodes: int | None,
         prefix_cache: bool,
+        adaptive: bool,
         **target_options: Any,
     ) -> None:
         self._model = model
+        self.adaptive = adaptive
         self.prefix_cache = prefix_cache
         self._target_options = target_options
         self._target, self._target_key = None, None
@@ -311,6 +318,7 @@ class SpeculativeModel:
             rule="auto",
             nodes=1,
             prefix_cache=self.prefix_cache,
+            adaptive=self.adaptive,
             **self._target_options,
         )
 
@@ -376,14 +384,14 @@ class SpeculativeModel:
             can_draft=chosen.can_draft,
         )
         size = self.nodes if nodes is None else nodes
-        return Policy(chosen, accepts, call.sampler, size, law, call.keeps_scores)
+        return Policy(chosen, accepts, call.sampler, size, law, call.keeps_scores, self.adaptive)
 
     def _greedy_policy(self) -> Policy:
         drafter = self.drafter
         rule, law = select_rule(
             self.rule, drafter.law, do_sample=False, can_draft=drafter.can_draft
         )
-        return Policy(drafter, rule, Sampler(), self.nodes, law)
+        return Policy(drafter, rule, Sampler(), self.nodes, law, adaptive=self.adaptive)
 
     def _engine(self, call: Call) -> Engine:
         return Engine(self._driven(), self._policy(call), prefix_cache=self.prefix_cache)
