@@ -285,6 +285,11 @@ class StepGraphs:
             self._graphs[key] = Graph(step, policy)
         return self._graphs[key]
 
+    @property
+    def captured(self) -> list[Graph]:
+        """The steps that are captured now."""
+        return [graph for graph in self._graphs.values() if graph.graph is not None]
+
     def budget(self, policy: Policy) -> NodeBudget:
         """How large trees have paid so far with a drafter."""
         key = (id(policy.drafter), policy.nodes, policy.adaptive)
@@ -358,6 +363,9 @@ class CapturedLane:
         self._flights: deque[Flight] = deque()
         self._landed: deque[list[Report]] = deque()
         self._texts: Texts | None = None
+        self._last: torch.cuda.Event | None = None  # when the step that was read last was over
+        self.gap = 0.0
+        """Seconds before the step read last in which the device had nothing to do."""
         pages = [graphs.target.cache.pages_of(sequence)[:1] for sequence in lane.sequences]
         first = [page for (page,) in filter(None, pages)]
         self._shared = len(set(first)) < len(first)
@@ -420,10 +428,14 @@ class CapturedLane:
 
     def _read(self) -> list[Report]:
         flight = self._flights.popleft()
+        self.gap = 0.0
         if flight.done is not None:
             flight.done.synchronize()
             if flight.begun is not None:
                 flight.graph.timed(flight.begun.elapsed_time(flight.done) / 1000)
+                if self._last is not None:
+                    self.gap = self._last.elapsed_time(flight.begun) / 1000
+            self._last = flight.done
         step = flight.graph.step
         reports = step.read(flight.numbers.tolist())[: len(self.lane.requests)]
         flight.lease.settle([len(report.tokens) for report in reports])

@@ -26,6 +26,7 @@ from specdec.drafting import Drafter
 from specdec.eval.attention import cases, report
 from specdec.eval.compare import compare
 from specdec.eval.cost import measure_step
+from specdec.eval.generate.command import bench_generate
 from specdec.eval.prompts import DEMO_PROMPT, builtin_prompts
 from specdec.eval.verify_lossless import verify_lossless
 from specdec.generation import SpeculativeOutput
@@ -40,7 +41,8 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="Models that come with a name.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
-bench_app = typer.Typer(help="Measurements of the parts, on a GPU.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measurements on a GPU.", no_args_is_help=True)
+bench_app.command("generate")(bench_generate)
 app.add_typer(bench_app, name="bench")
 
 debug_app = typer.Typer(help="A look inside.", no_args_is_help=True)

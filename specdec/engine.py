@@ -246,6 +246,7 @@ class Engine:
         except OutOfPages:
             return self._land() or None
         self.stats.paths["captured"] += 1
+        self._watch.add("gap", self._captured.gap)
         emissions = self._report(lane, reports)
         if any(e.request.finished and e.request.heir is not None for e in emissions):
             self._captured.land()  # whoever inherits the sequence finds it settled
