@@ -334,9 +334,11 @@ class StepGraphs:
 
     def _where(self) -> Hashable:
         cache = self.target.cache
-        pages = [(g.keys.data_ptr(), g.values.data_ptr()) for g in cache.pool.groups]
+        pages = [
+            (g.keys.data_ptr(), g.values.data_ptr(), g.keys.shape[1]) for g in cache.pool.groups
+        ]
         table = (cache.page_table.data_ptr(), tuple(cache.page_table.shape))
-        return id(self.target.fused), cache.lengths.data_ptr(), table, tuple(pages)
+        return self.target.fused, cache.lengths.data_ptr(), table, tuple(pages)
 
 
 @dataclass(frozen=True)

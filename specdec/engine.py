@@ -17,6 +17,7 @@ from torch import Tensor
 from specdec.batch import TreeBatch
 from specdec.captured import CapturedLane, Report, grounded
 from specdec.drafting import DraftContext, Observation
+from specdec.fused import FusedModel
 from specdec.load import Judgement, Lane, Load, Verdict, read, stacked
 from specdec.pages import OutOfPages, check_count
 from specdec.request import Emission, Policy, Request, RequestError
@@ -77,7 +78,7 @@ class Engine:
         self._lanes: list[Lane] = []
         self._lanes_of = -1  # the scheduler's changes that they were made after
         self._captured: CapturedLane | None = None
-        self._judged: Lane | None = None  # the lane that `_why` is about
+        self._judged: tuple[Lane, FusedModel | None] | None = None  # what `_why` is about
         self._why: str | None = None
 
     def add(self, request: Request) -> None:
@@ -193,9 +194,9 @@ class Engine:
     def _pass(self) -> list[Emission]:
         lanes = self._current_lanes()
         lane = lanes[0] if len(lanes) == 1 and not self.scheduler.prefilling else None
-        if self._captured is not None and self._captured.lane is not lane:
-            return self._land()
         why = self._grounded(lanes, lane)
+        if self._captured is not None and (self._captured.lane is not lane or why is not None):
+            return self._land()
         if lane is not None and why is None:
             emissions = self._fly(lane)
             if emissions is not None:
@@ -235,8 +236,9 @@ class Engine:
         """Why the next pass cannot be captured; None if it can."""
         if lane is None:
             return "prompts are computed" if self.scheduler.prefilling else "several policies"
-        if self._judged is not lane:
-            self._judged, self._why = lane, grounded(self.target, lane)
+        if self._judged != (lane, self.target.fused):
+            self._judged = lane, self.target.fused
+            self._why = grounded(self.target, lane)
         return self._why
 
     def _fly(self, lane: Lane) -> list[Emission] | None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import inspect
 import os
 import threading
+import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal, get_args
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ Layers = Literal["auto", "fused", "transformers"]
 CACHED_SHARE = 10
 """The part of the device's memory that texts which are over may take, as its inverse."""
 
-_LOCKS: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
+_LOCKS: weakref.WeakKeyDictionary[PreTrainedModel, threading.RLock] = weakref.WeakKeyDictionary()
 """One lock for each model: the name of its attention changes for the time of a forward."""
 
 
@@ -112,7 +112,7 @@ class Target:
             if max_cached_bytes is None:
                 max_cached_bytes = _memory(self.device) // CACHED_SHARE
             self.cache = TreeKVCache(pool, self.device, max_cached_bytes=max_cached_bytes)
-        self.graphs = StepGraphs(self)
+        self.graphs = StepGraphs(weakref.proxy(self))
         """The captured steps over this cache."""
 
     def weights_state(self) -> Hashable:
