@@ -2,30 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import specdec
+from specdec.eval.report.figures import Figure, figures
+from specdec.eval.report.results import Notice, Results
+from specdec.eval.report.tables import Table, tables
 from specdec.eval.trace import Trace
 
 HERE = Path(__file__).parent
+SECTIONS = {
+    "speed": "Speed",
+    "acceptance": "Acceptance",
+    "trees": "Trees",
+    "time": "Time",
+    "provenance": "Provenance",
+}
 
 
-def render(title: str, traces: Mapping[str, Trace], report: Any = None) -> str:
+@dataclass(frozen=True)
+class _View:
+    """Results as the templates ask for them."""
+
+    results: Results
+
+    @property
+    def lead(self) -> str:
+        return self.results.lead
+
+    @property
+    def notices(self) -> Sequence[Notice]:
+        return self.results.notices
+
+    @property
+    def provenance(self) -> Sequence[tuple[str, str]]:
+        return self.results.provenance
+
+    @cached_property
+    def figures(self) -> list[Figure]:
+        return figures(self.results)
+
+    @cached_property
+    def tables(self) -> list[Table]:
+        return tables(self.results)
+
+    @property
+    def sections(self) -> list[tuple[str, str]]:
+        """Those that have something to show."""
+        filled = {part.section for part in [*self.figures, *self.tables]} | {"provenance"}
+        return [(id, name) for id, name in SECTIONS.items() if id in filled]
+
+    def figures_of(self, section: str) -> list[Figure]:
+        return [part for part in self.figures if part.section == section]
+
+    def tables_of(self, section: str) -> list[Table]:
+        return [part for part in self.tables if part.section == section]
+
+
+def render(title: str, results: Results | None, traces: Mapping[str, Trace]) -> str:
     """HTML with styles, scripts and data inside.
 
     Args:
         title: its heading.
+        results: to show first; None for traces alone.
         traces: by the name to show; may be empty.
-        report: results to show above them.
 
     Raises:
         ImportError: jinja2 or plotly is not installed.
         ValueError: there is nothing to show.
     """
-    if report is None and not traces:
+    if results is None and not traces:
         raise ValueError("report: expected results or traces, got neither")
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -43,19 +93,35 @@ def render(title: str, traces: Mapping[str, Trace], report: Any = None) -> str:
     def inline(name: str) -> Markup:
         return Markup((HERE / name).read_text(encoding="utf-8"))
 
-    figures = {} if report is None else {part.id: part.figure for part in report.figures}
-    sections = [] if report is None else report.sections
+    view = None if results is None else _View(results)
+    drawn = {part.id: part.figure for part in view.figures} if view else {}
     return environment.get_template("page.html").render(
         title=title,
         version=specdec.__version__,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        sections=[*sections, *([("traces", "Traces")] if traces else [])],
-        report=report,
+        sections=[
+            *(view.sections if view else []),
+            *([("traces", "Traces")] if traces else []),
+        ],
+        report=view,
         style=inline("style.css"),
         page_script=inline("page.js"),
         trace_script=inline("trace.js"),
         trace_names=list(traces),
         traces=htmlsafe_json_dumps([t.to_dict() for t in traces.values()]) if traces else "",
-        figures=htmlsafe_json_dumps(figures) if figures else "",
-        plotly=Markup(get_plotlyjs()) if figures else "",
+        figures=htmlsafe_json_dumps(drawn) if drawn else "",
+        plotly=Markup(get_plotlyjs()) if drawn else "",
     )
+
+
+def markdown(title: str, results: Results) -> str:
+    """The same without pictures: notices, tables, provenance."""
+    lines = [f"# {title}", "", results.lead, ""]
+    for notice in results.notices:
+        mark = {"warn": "**Note:** ", "bad": "**Warning:** "}.get(notice.kind, "")
+        lines += [f"> {mark}{notice.text}", *(f"> * {point}" for point in notice.points), ""]
+    for table in tables(results):
+        lines += [f"## {table.title}", "", table.note, "", table.markdown()]
+    lines += ["## Provenance", ""]
+    lines += [f"* {name}: {value}" for name, value in results.provenance]
+    return "\n".join(lines) + "\n"
