@@ -7,12 +7,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
 
 import specdec
-from specdec.eval.report.figures import Figure, figures
 from specdec.eval.report.results import Notice, Results
 from specdec.eval.report.tables import Table, tables
 from specdec.eval.trace import Trace
+
+if TYPE_CHECKING:
+    from specdec.eval.report.figures import Figure
 
 HERE = Path(__file__).parent
 SECTIONS = {
@@ -44,6 +51,10 @@ class _View:
 
     @cached_property
     def figures(self) -> list[Figure]:
+        try:
+            from specdec.eval.report.figures import figures
+        except ImportError as error:
+            raise ImportError("plots need plotly: pip install 'specdec-toolkit[eval]'") from error
         return figures(self.results)
 
     @cached_property
@@ -53,7 +64,8 @@ class _View:
     @property
     def sections(self) -> list[tuple[str, str]]:
         """Those that have something to show."""
-        filled = {part.section for part in [*self.figures, *self.tables]} | {"provenance"}
+        filled = {part.section for part in self.figures} | {part.section for part in self.tables}
+        filled.add("provenance")
         return [(id, name) for id, name in SECTIONS.items() if id in filled]
 
     def figures_of(self, section: str) -> list[Figure]:
@@ -72,20 +84,13 @@ def render(title: str, results: Results | None, traces: Mapping[str, Trace]) -> 
         traces: by the name to show; may be empty.
 
     Raises:
-        ImportError: jinja2 or plotly is not installed.
+        ImportError: there are results, and plotly is not installed.
         ValueError: there is nothing to show.
     """
     if results is None and not traces:
         raise ValueError("report: expected results or traces, got neither")
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-        from jinja2.utils import htmlsafe_json_dumps
-        from markupsafe import Markup
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise ImportError(
-            "the report needs jinja2 and plotly: pip install 'specdec-toolkit[eval]'"
-        ) from error
+    view = None if results is None else _View(results)
+    drawn = {part.id: part.figure for part in view.figures} if view else {}
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined
     )
@@ -93,8 +98,6 @@ def render(title: str, results: Results | None, traces: Mapping[str, Trace]) -> 
     def inline(name: str) -> Markup:
         return Markup((HERE / name).read_text(encoding="utf-8"))
 
-    view = None if results is None else _View(results)
-    drawn = {part.id: part.figure for part in view.figures} if view else {}
     return environment.get_template("page.html").render(
         title=title,
         version=specdec.__version__,
@@ -110,8 +113,14 @@ def render(title: str, results: Results | None, traces: Mapping[str, Trace]) -> 
         trace_names=list(traces),
         traces=htmlsafe_json_dumps([t.to_dict() for t in traces.values()]) if traces else "",
         figures=htmlsafe_json_dumps(drawn) if drawn else "",
-        plotly=Markup(get_plotlyjs()) if drawn else "",
+        plotly=_plotly() if drawn else "",
     )
+
+
+def _plotly() -> Markup:
+    from plotly.offline import get_plotlyjs
+
+    return Markup(get_plotlyjs())
 
 
 def markdown(title: str, results: Results) -> str:
