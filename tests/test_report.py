@@ -48,6 +48,8 @@ def arm(name: str, speedup: float | None) -> Arm:
         drafted=drafts,
         accepted=drafts // 2,
         by_depth={1: (20, 15), 2: (10, 4)} if drafts else {},
+        by_rank={1: (20, 12), 2: (20, 3)} if drafts else {},
+        over={"transformers": Estimate(3.0, 2.5, 3.5)},
         by_class={"words": (30, 12), "code": (10, 0)} if drafts else {},
         seconds={"draft": 0.1, "forward": 0.8, "other": 0.1},
     )
@@ -74,15 +76,15 @@ def trace() -> Trace:
 
 def test_csv_has_full_precision_and_markdown_the_same_rows() -> None:
     found = {table.id: table for table in tables(RESULTS)}
-    assert list(found) == ["configurations", "categories", "depths", "classes", "time"]
+    assert list(found) == ["configurations", "categories", "depths", "ranks", "classes", "time"]
     rows = list(csv.DictReader(io.StringIO(found["configurations"].csv())))
     assert [row["Configuration"] for row in rows] == list(SPEEDUPS)
     assert [row["Speed-up"] for row in rows] == ["", "1.21", "1.28", "10.5"]
     assert rows[3]["Speed-up low"] == str(0.9 * 10.5)
     depths = list(csv.DictReader(io.StringIO(found["depths"].csv())))
-    assert (depths[0]["Accepted"], depths[0]["Reached"]) == ("0.75", "20")
+    assert (depths[0]["Accepted"], depths[0]["Tried"]) == ("0.75", "20")
     text = markdown("A title", RESULTS)
-    assert "| tree 8 | 10.5 (9.45 to 11.6) | 20.0 | 1.70 (1.60 to 1.80) | 50.0% |" in text
+    assert "| tree 8 | 10.5 (9.45 to 11.6) | 3.00 (2.50 to 3.50) | 20.0 | 1.70 (1.60" in text
     assert "> **Note:** Synthetic numbers | not measured.\n> * Missing: transformers." in text
     assert "* Seed: 0" in text
 

@@ -5,7 +5,7 @@ Needs plotly, which comes with the `eval` extra.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class Figure:
 
 def figures(results: Results) -> list[Figure]:
     """All plots that there are numbers for."""
-    makers = (_speedup, _by_category, _by_depth, _by_size, _pareto, _time)
+    makers = (_speedup, _by_category, _by_depth, _by_rank, _by_size, _pareto, _time)
     return [figure for make in makers if (figure := make(results)) is not None]
 
 
@@ -117,39 +117,61 @@ def _by_category(results: Results) -> Figure | None:
 
 
 def _by_depth(results: Results) -> Figure | None:
-    traces = []
-    for index, arm in enumerate(results.arms):
-        depths = sorted(depth for depth, (tries, _) in arm.by_depth.items() if tries)
-        if not depths:
+    lines = {arm: arm.by_depth for arm in results.arms}
+    return _acceptance(
+        results,
+        lines,
+        "depth",
+        "How often a draft was accepted, given that its parent was. Deep points rest on few "
+        "tries: the table has the counts.",
+    )
+
+
+def _by_rank(results: Results) -> Figure | None:
+    lines = {arm: arm.by_rank for arm in results.arms}
+    return _acceptance(
+        results,
+        lines,
+        "rank",
+        "How often the first, second, ... child of an accepted node was the one accepted, where "
+        "there was one.",
+    )
+
+
+def _acceptance(
+    results: Results,
+    lines: Mapping[Arm, Mapping[int, tuple[int, int]]],
+    by: str,
+    caption: str,
+) -> Figure | None:
+    traces, most = [], 0
+    for index, (arm, counts) in enumerate(lines.items()):
+        places = sorted(place for place, (tries, _) in counts.items() if tries)
+        if not places:
             continue
+        most = max(most, places[-1])
         traces.append(
             go.Scatter(
-                x=depths,
-                y=[arm.by_depth[depth][1] / arm.by_depth[depth][0] for depth in depths],
-                customdata=[arm.by_depth[depth][0] for depth in depths],
+                x=places,
+                y=[counts[place][1] / counts[place][0] for place in places],
+                customdata=[counts[place][0] for place in places],
                 name=arm.name,
                 mode="lines+markers",
                 marker={"size": 8, "symbol": _symbol(results, arm)},
                 line={"color": _color(results, arm), "dash": DASHES[index % len(DASHES)]},
-                hovertemplate="depth %{x}: %{y:.1%} of %{customdata}<extra>"
+                hovertemplate=by
+                + " %{x}: %{y:.1%} of %{customdata}<extra>"
                 + arm.name
                 + "</extra>",
             )
         )
     if not traces:
         return None
-    layout = _layout(x="Depth", y="Accepted")
-    layout["xaxis"] |= {"dtick": 1 if max(max(t.x) for t in traces) <= 12 else 2}
+    layout = _layout(x=by.capitalize(), y="Accepted")
+    layout["xaxis"] |= {"dtick": 1 if most <= 12 else 2}
     layout["yaxis"] |= {"range": [0, 1.03], "tickformat": ".0%"}
-    return Figure(
-        "by-depth",
-        "acceptance",
-        "Acceptance by depth",
-        "How often a draft was accepted, given that its parent was. Deep points rest on few "
-        "tries: the table has the counts.",
-        380,
-        _json(traces, layout),
-    )
+    title = f"Acceptance by {by}"
+    return Figure(f"by-{by}", "acceptance", title, caption, 400, _json(traces, layout))
 
 
 def _by_size(results: Results) -> Figure | None:

@@ -18,7 +18,7 @@ class Estimate:
     high: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arm:
     """One configuration over all prompts.
 
@@ -41,8 +41,12 @@ class Arm:
     accepted: int
     by_depth: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     """How often a node with children was reached above each depth, and one of them accepted."""
+    by_rank: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    """The same by place among siblings, 1 for the first: how often it was there to be tried."""
     by_class: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Tokens of each class in the text, and how many of them were accepted drafts."""
+    over: Mapping[str, Estimate] = field(default_factory=dict)
+    """Overall speed-up over further baselines, by their names."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """By phase, and the rest as `other`."""
 

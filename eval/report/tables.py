@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from specdec.eval.report.results import OVERALL, Arm, Estimate, Results
@@ -89,19 +89,29 @@ class Table:
 
 def tables(results: Results) -> list[Table]:
     """All tables that there are numbers for."""
-    made = [_configurations(results), _categories(results), _depths(results), _classes(results)]
+    made = [
+        _configurations(results),
+        _categories(results),
+        _depths(results),
+        _ranks(results),
+        _classes(results),
+    ]
     return [table for table in [*made, _time(results)] if table.rows]
 
 
 def _configurations(results: Results) -> Table:
+    others = list(dict.fromkeys(name for arm in results.arms for name in arm.over))
     heads = [
-        "Speed-up", "Tokens/s", "Tokens per step", "Wasted", "Draft cost", "Nodes",
-        "Prompts", "Tokens", "Steps",
-    ]  # fmt: skip
+        "Speed-up",
+        *(f"over {name}" for name in others),
+        *("Tokens/s", "Tokens per step", "Wasted", "Draft cost"),
+        *("Nodes", "Prompts", "Tokens", "Steps"),
+    ]
     rows = [
         [
             Cell(arm.name),
             _estimate(arm.speedup.get(OVERALL)),
+            *(_estimate(arm.over.get(name)) for name in others),
             _estimate(arm.tokens_per_second.get(OVERALL)),
             _estimate(arm.tokens_per_step.get(OVERALL)),
             _share(arm.wasted),
@@ -142,17 +152,31 @@ def _categories(results: Results) -> Table:
 
 
 def _depths(results: Results) -> Table:
-    rows = [
-        [Cell(arm.name), _count(depth), _share(hits / tries), _count(tries), _count(hits)]
-        for arm in results.arms
-        for depth, (tries, hits) in sorted(arm.by_depth.items())
+    rows = _acceptance((arm.name, arm.by_depth) for arm in results.arms)
+    note = "How often a draft was accepted, given that its parent was and had children."
+    columns = _columns("Configuration", ["Depth", "Accepted", "Tried", "Times accepted"])
+    return Table("depths", "acceptance", "Acceptance by depth", note, columns, rows)
+
+
+def _ranks(results: Results) -> Table:
+    rows = _acceptance((arm.name, arm.by_rank) for arm in results.arms)
+    note = (
+        "How often the first, second, ... child of an accepted node was the one that was accepted, "
+        "where there was one."
+    )
+    columns = _columns("Configuration", ["Rank", "Accepted", "Tried", "Times accepted"])
+    return Table("ranks", "acceptance", "Acceptance by rank", note, columns, rows)
+
+
+def _acceptance(
+    found: Iterable[tuple[str, Mapping[int, tuple[int, int]]]],
+) -> list[Sequence[Cell]]:
+    return [
+        [Cell(name), _count(place), _share(hits / tries), _count(tries), _count(hits)]
+        for name, counts in found
+        for place, (tries, hits) in sorted(counts.items())
         if tries
     ]
-    heads = ["Depth", "Accepted", "Reached", "Times accepted"]
-    note = "How often a draft was accepted, given that its parent was and had children."
-    return Table(
-        "depths", "acceptance", "Acceptance by depth", note, _columns("Configuration", heads), rows
-    )
 
 
 def _classes(results: Results) -> Table:
