@@ -40,6 +40,7 @@ from specdec.cli_options import (
     readable_errors,
     sampling,
 )
+from specdec.cli_report import report as eval_report
 from specdec.cli_trace import trace
 from specdec.drafters import NGram
 from specdec.eval.attention import cases, report
@@ -64,6 +65,9 @@ debug_app = typer.Typer(help="A look inside.", no_args_is_help=True)
 app.add_typer(debug_app, name="debug")
 
 app.command()(trace)
+eval_app = typer.Typer(help="Comparing configurations over many prompts.", no_args_is_help=True)
+eval_app.command("report")(eval_report)
+app.add_typer(eval_app, name="eval")
 
 
 @app.command()

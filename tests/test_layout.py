@@ -29,6 +29,7 @@ LAW = {
 ALSO_ANYWHERE = {
     "specdec/cli.py": {"drafters", "eval"},
     "specdec/cli_options.py": {"drafters"},
+    "specdec/cli_report.py": {"eval"},
     "specdec/cli_trace.py": {"eval"},
 }
 ALSO_IN_FUNCTIONS = {"specdec/wrap.py": {"drafters"}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 import specdec
+from specdec.eval.report import write_report
 from specdec.eval.report.page import markdown, render
 from specdec.eval.report.results import OVERALL, Arm, Estimate, Notice, Results
+from specdec.eval.report.rows import load, results
 from specdec.eval.report.tables import tables
 from specdec.eval.trace import Trace, record
 from specdec.testing import tiny_model
@@ -107,6 +110,72 @@ def _plotly() -> str:
     from plotly.offline import get_plotlyjs
 
     return str(get_plotlyjs())
+
+
+def write_run(folder: Path, **changes: Any) -> None:
+    """A made-up run: a drafter that is twice as fast on code and no faster on chat."""
+    arms = [{"name": "plain"}, {"name": "tree", "family": "trees", "nodes": 8}]
+    about = {"title": "A run", "arms": arms, "baseline": "plain", "synthetic": True}
+    (folder / "run.json").write_text(json.dumps(about | changes))
+    rows = []
+    for prompt in range(8):
+        category, tokens = ("code", 30 + prompt) if prompt % 2 else ("chat", 10 + prompt)
+        for name, steps in ("plain", tokens), ("tree", tokens // 2):
+            forward = tokens / 20 if category == "code" and name == "tree" else tokens / 10
+            seconds = {"prefill": 5.0, "forward": forward, "draft": 0.0, "total": 5 + forward}
+            drafted = 0 if name == "plain" else 7 * steps
+            rows.append(
+                {"arm": name, "prompt": f"p{prompt}", "category": category, "tokens": tokens,
+                 "steps": steps, "drafted": drafted, "accepted": tokens - steps,
+                 "seconds": seconds, "reached": {"1": steps}, "accepted_at": {"1": steps // 2}}
+            )  # fmt: skip
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_run_becomes_ratios_of_sums_with_intervals_and_says_what_it_is(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    found = results(*load(tmp_path))
+    plain, tree = found.arms
+    code, chat = sum(range(31, 38, 2)), sum(range(10, 17, 2))
+    speedup = tree.speedup[OVERALL]
+    assert plain.speedup == {}
+    assert speedup.value == pytest.approx((code + chat) / (code / 2 + chat))
+    assert speedup.low is not None
+    assert speedup.high is not None
+    assert 1 < speedup.low < speedup.value < speedup.high < 2
+    code_alone = tree.speedup["code"]
+    assert [code_alone.low, code_alone.value, code_alone.high] == pytest.approx([2.0] * 3)
+    assert tree.tokens_per_second["chat"].value == pytest.approx(10.0), "without the prefill"
+    assert tree.by_depth[1] == (
+        tree.steps,
+        sum(n // 2 // 2 for n in (10, 31, 12, 33, 14, 35, 16, 37)),
+    )
+    assert [notice.kind for notice in found.notices] == ["warn", "warn", "plain"]
+    assert found.notices[1].text == "Not checked for losslessness: tree."
+    for verdict, kind in (True, "good"), (False, "bad"):
+        write_run(tmp_path, lossless={"tree": verdict}, synthetic=False)
+        assert [notice.kind for notice in results(*load(tmp_path)).notices] == [kind, "plain"]
+
+
+def test_a_report_is_written_beside_its_run(tmp_path: Path, trace: Trace) -> None:
+    with pytest.raises(ValueError, match=r"expected run.json with rows.jsonl, or traces"):
+        write_report(tmp_path)
+    write_run(tmp_path)
+    trace.save(tmp_path / "traces" / "one.json")
+    names = sorted(file.name for file in write_report(tmp_path))
+    assert names == [
+        *(f"report-{name}.csv" for name in ("categories", "configurations", "depths", "time")),
+        "report.html",
+        "report.md",
+    ]
+    assert "Synthetic" in (tmp_path / "report.html").read_text()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(rows.read_text() + '{"arm": "other"}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl:17: .*missing 7 required"):
+        write_report(tmp_path)
+    write_run(tmp_path, baseline="nobody")
+    with pytest.raises(ValueError, match="the baseline 'nobody' is not among its arms"):
+        write_report(tmp_path)
 
 
 # ---- In a browser
