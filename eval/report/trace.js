@@ -26,7 +26,7 @@
 
   const visible = (text) =>
     text.replace(/ /g, "·").replace(/\n/g, "↵").replace(/\t/g, "→") || "∅";
-  const quoted = (text) => `“${text.replace(/\n/g, "↵")}”`;
+  const quoted = (text) => `“${text.trim().replace(/\n/g, "↵") || visible(text)}”`;
   const percent = (p) => {
     if (p === null || p === undefined) return "–";
     if (p === 0) return "0";
