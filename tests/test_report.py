@@ -50,7 +50,7 @@ def arm(name: str, speedup: float | None) -> Arm:
         tokens_per_step=per_step,
         drafted=drafts,
         accepted=drafts // 2,
-        by_depth={1: (20, 15), 2: (10, 4)} if drafts else {},
+        by_depth={1: (20, 15), 2: (10, 4), 3: (1, 1)} if drafts else {},
         by_rank={1: (20, 12), 2: (20, 3)} if drafts else {},
         over={"transformers": Estimate(3.0, 2.5, 3.5)},
         by_class={"words": (30, 12), "code": (10, 0)} if drafts else {},
@@ -118,7 +118,7 @@ def write_run(folder: Path, **changes: Any) -> None:
     about = {"title": "A run", "arms": arms, "baseline": "plain", "synthetic": True}
     (folder / "run.json").write_text(json.dumps(about | changes))
     rows = []
-    for prompt in range(8):
+    for prompt in range(12):
         category, tokens = ("code", 30 + prompt) if prompt % 2 else ("chat", 10 + prompt)
         for name, steps in ("plain", tokens), ("tree", tokens // 2):
             forward = tokens / 20 if category == "code" and name == "tree" else tokens / 10
@@ -136,7 +136,7 @@ def test_a_run_becomes_ratios_of_sums_with_intervals_and_says_what_it_is(tmp_pat
     write_run(tmp_path)
     found = results(*load(tmp_path))
     plain, tree = found.arms
-    code, chat = sum(range(31, 38, 2)), sum(range(10, 17, 2))
+    code, chat = sum(range(31, 42, 2)), sum(range(10, 21, 2))
     speedup = tree.speedup[OVERALL]
     assert plain.speedup == {}
     assert speedup.value == pytest.approx((code + chat) / (code / 2 + chat))
@@ -146,10 +146,8 @@ def test_a_run_becomes_ratios_of_sums_with_intervals_and_says_what_it_is(tmp_pat
     code_alone = tree.speedup["code"]
     assert [code_alone.low, code_alone.value, code_alone.high] == pytest.approx([2.0] * 3)
     assert tree.tokens_per_second["chat"].value == pytest.approx(10.0), "without the prefill"
-    assert tree.by_depth[1] == (
-        tree.steps,
-        sum(n // 2 // 2 for n in (10, 31, 12, 33, 14, 35, 16, 37)),
-    )
+    counts = [*range(10, 21, 2), *range(31, 42, 2)]
+    assert tree.by_depth[1] == (tree.steps, sum(n // 2 // 2 for n in counts))
     assert [notice.kind for notice in found.notices] == ["warn", "warn", "plain"]
     assert found.notices[1].text == "Not checked for losslessness: tree."
     for verdict, kind in (True, "good"), (False, "bad"):
@@ -171,7 +169,7 @@ def test_a_report_is_written_beside_its_run(tmp_path: Path, trace: Trace) -> Non
     assert "Synthetic" in (tmp_path / "report.html").read_text()
     rows = tmp_path / "rows.jsonl"
     rows.write_text(rows.read_text() + '{"arm": "other"}\n')
-    with pytest.raises(ValueError, match=r"rows.jsonl:17: .*missing 7 required"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:25: .*missing 7 required"):
         write_report(tmp_path)
     write_run(tmp_path, baseline="nobody")
     with pytest.raises(ValueError, match="the baseline 'nobody' is not among its arms"):

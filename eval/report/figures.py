@@ -20,6 +20,8 @@ COLORS = (
 )  # fmt: skip
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "pentagon")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+LEAST_TRIES = 10
+"""For a point of an acceptance curve; the table has the others too."""
 PATTERNS = ("", "/", "x", ".", "\\", "-")
 
 
@@ -122,8 +124,8 @@ def _by_depth(results: Results) -> Figure | None:
         results,
         lines,
         "depth",
-        "How often a draft was accepted, given that its parent was. Deep points rest on few "
-        "tries: the table has the counts.",
+        "How often a draft was accepted, given that its parent was. Points of fewer than "
+        f"{LEAST_TRIES} tries are in the table alone.",
     )
 
 
@@ -146,7 +148,7 @@ def _acceptance(
 ) -> Figure | None:
     traces, most = [], 0
     for index, (arm, counts) in enumerate(lines.items()):
-        places = sorted(place for place, (tries, _) in counts.items() if tries)
+        places = sorted(place for place, (tries, _) in counts.items() if tries >= LEAST_TRIES)
         if not places:
             continue
         most = max(most, places[-1])

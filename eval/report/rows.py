@@ -24,6 +24,8 @@ from specdec.eval.report.results import OVERALL, Arm, Estimate, Notice, Results
 from specdec.stats import PHASES
 
 RESAMPLES, CONFIDENCE, SEED = 2000, 0.95, 0
+LEAST_PROMPTS = 5
+"""For an interval: fewer have too few resamples that differ."""
 
 Array = NDArray[np.float64]
 
@@ -207,7 +209,7 @@ def _sums(
 def _estimate(sample: Array) -> Estimate:
     """From [2 or 4, prompts]: numerators and denominators, and those of the baseline."""
     value = float(_ratio(*sample))
-    if sample.shape[1] < 2:
+    if sample.shape[1] < LEAST_PROMPTS:
         return Estimate(value)
     interval = bootstrap(
         tuple(sample),
@@ -274,8 +276,9 @@ def _notices(run: Run, rows: Sequence[Row], by_arm: Mapping[str, Sequence[Row]])
                 "Every rate and speed-up is a ratio of sums over prompts, not a mean of ratios: "
                 "long answers count for more.",
                 f"Intervals: {CONFIDENCE:.0%}, percentile bootstrap over prompts, {RESAMPLES} "
-                "resamples, paired with the baseline. They hold what prompts differ in, not what "
-                f"machines do; {repeats} run{'s' if repeats > 1 else ''} of each prompt.",
+                f"resamples, paired with the baseline; none for fewer than {LEAST_PROMPTS} prompts. "
+                "They hold what prompts differ in, not what machines do; "
+                f"{repeats} run{'s' if repeats > 1 else ''} of each prompt.",
                 "Tokens per second leave out the prefill, which drafting does not change.",
                 *missing,
             ],
