@@ -112,7 +112,8 @@ def _by_category(results: Results) -> Figure | None:
         "by-category",
         "speed",
         "Speed-up by category",
-        "Each a ratio of sums over the prompts of the category, with its confidence interval.",
+        "Each a ratio of sums over the prompts of the category. Whiskers: confidence interval, "
+        "where there are prompts enough for one.",
         150 + len(results.categories) * max(34, 15 * len(arms)),
         _json(traces, layout),
     )
@@ -336,16 +337,13 @@ def _rule(y: float) -> dict[str, Any]:
 
 
 def _whiskers(found: Sequence[Estimate]) -> dict[str, Any] | None:
-    if any(each.low is None or each.high is None for each in found):
+    """Error bars for the estimates that have an interval."""
+    if all(each.low is None for each in found):
         return None
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [(each.high or 0.0) - each.value for each in found],
-        "arrayminus": [each.value - (each.low or 0.0) for each in found],
-        "thickness": 1.5,
-        "width": 5,
-    }
+    above = [None if each.high is None else each.high - each.value for each in found]
+    below = [None if each.low is None else each.value - each.low for each in found]
+    ends = {"array": above, "arrayminus": below, "thickness": 1.5, "width": 5}
+    return {"type": "data", "symmetric": False, **ends}
 
 
 def _color(results: Results, arm: Arm) -> str:

@@ -276,8 +276,8 @@ def _notices(run: Run, rows: Sequence[Row], by_arm: Mapping[str, Sequence[Row]])
                 "Every rate and speed-up is a ratio of sums over prompts, not a mean of ratios: "
                 "long answers count for more.",
                 f"Intervals: {CONFIDENCE:.0%}, percentile bootstrap over prompts, {RESAMPLES} "
-                f"resamples, paired with the baseline; none for fewer than {LEAST_PROMPTS} prompts. "
-                "They hold what prompts differ in, not what machines do; "
+                "resamples, paired with the baseline; none for fewer than "
+                f"{LEAST_PROMPTS} prompts. They hold what prompts differ in, not what machines do; "
                 f"{repeats} run{'s' if repeats > 1 else ''} of each prompt.",
                 "Tokens per second leave out the prefill, which drafting does not change.",
                 *missing,
