@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from specdec.batch import TreeBatch
+from specdec.captured import CapturedLane, Report, grounded
 from specdec.drafting import DraftContext, Observation
 from specdec.load import Judgement, Lane, Load, Verdict, read, stacked
 from specdec.pages import OutOfPages, check_count
@@ -25,6 +26,9 @@ from specdec.stats import GenerationStats, Stopwatch
 from specdec.target import Target
 from specdec.transfer import upload
 from specdec.verify import Noise
+
+STEP_TOKENS = 2048
+"""Enough rows to keep a GPU busy with a prompt; more would let those that decode wait for long."""
 
 
 class Engine:
@@ -47,7 +51,7 @@ class Engine:
         target: Target,
         policy: Policy,
         *,
-        step_tokens: int = 512,
+        step_tokens: int = STEP_TOKENS,
         prefix_cache: bool = True,
         max_running: int | None = None,
     ) -> None:
@@ -69,6 +73,9 @@ class Engine:
         self._noted: list[Request] = []  # to be stopped when the step that runs is over
         self._lanes: list[Lane] = []
         self._lanes_of = -1  # the scheduler's changes that they were made after
+        self._captured: CapturedLane | None = None
+        self._judged: Lane | None = None  # the lane that `_why` is about
+        self._why: str | None = None
 
     def add(self, request: Request) -> None:
         """Lets a request wait for its turn."""
@@ -181,9 +188,20 @@ class Engine:
             self.stats.bytes[owner] = max(self.stats.bytes.get(owner, 0), count)
 
     def _pass(self) -> list[Emission]:
+        lanes = self._current_lanes()
+        lane = lanes[0] if len(lanes) == 1 and not self.scheduler.prefilling else None
+        if self._captured is not None and self._captured.lane is not lane:
+            return self._land()
+        why = self._grounded(lanes, lane)
+        if lane is not None and why is None:
+            emissions = self._fly(lane)
+            if emissions is not None:
+                return emissions
+            why = "pages run out"
         pieces, lanes = self._make_room(), self._current_lanes()
         if not lanes and not pieces:
             return []
+        self.stats.paths[why or "pages run out"] += 1
         try:
             with self._watch.phase("draft"):
                 proposals = [self._propose(lane) for lane in lanes]
@@ -209,6 +227,58 @@ class Engine:
         self.scheduler.prefilled(pieces)
         parts = zip(lanes, proposals, judged, decided, strict=True)
         return [emission for part in parts for emission in self._emit(*part)]
+
+    def _grounded(self, lanes: Sequence[Lane], lane: Lane | None) -> str | None:
+        """Why the next pass cannot be captured; None if it can."""
+        if lane is None:
+            return "prompts are computed" if self.scheduler.prefilling else "several policies"
+        if self._judged is not lane:
+            self._judged, self._why = lane, grounded(self.target, lane)
+        return self._why
+
+    def _fly(self, lane: Lane) -> list[Emission] | None:
+        """Launches a captured step and tells what the last one gave; None if pages run out."""
+        if self._captured is None:
+            self._captured = CapturedLane(self.target.graphs, lane)
+        try:
+            with self._watch.phase("captured"):
+                reports = self._captured.advance()
+        except OutOfPages:
+            return self._land() or None
+        self.stats.paths["captured"] += 1
+        emissions = self._report(lane, reports)
+        if any(e.request.finished and e.request.heir is not None for e in emissions):
+            self._captured.land()  # whoever inherits the sequence finds it settled
+        return emissions
+
+    def _land(self) -> list[Emission]:
+        """Ends the captured steps of a lane, and tells what they still gave."""
+        captured, self._captured = self._captured, None
+        if captured is None:
+            return []
+        captured.land()
+        return [e for reports in captured.landed for e in self._report(captured.lane, reports)]
+
+    def _report(self, lane: Lane, reports: Sequence[Report]) -> list[Emission]:
+        """Tells the requests what a captured step gave them, but for those that are over."""
+        emissions = []
+        for request, report in zip(lane.requests, reports, strict=True):
+            if request.over or request.sequence < 0:
+                continue
+            request.cached += len(report.tokens)
+            if report.failed:
+                request.finished = True
+                request.error = RequestError(_no_token(request, report.accepted))
+            taken = [] if report.failed else request.emit(report.tokens)
+            emission = Emission(request, taken, report.drafted, min(report.accepted, len(taken)))
+            self.stats.add_step(
+                drafted=emission.drafted,
+                accepted=emission.accepted,
+                continued=report.continued and len(taken) == report.accepted + 1,
+                tokens=len(taken),
+            )
+            emissions.append(emission)
+        return emissions
 
     def _verify(self, load: Load, logits: Tensor, starts: Tensor) -> list[Judgement]:
         """What the rule of each lane keeps of its trees; the lanes' rows come first, in order."""

@@ -26,6 +26,7 @@ class Policy:
         nodes: largest tree to propose, the root included.
         law: to draft under, one for which the rule is legal.
         keep: whether emissions carry `scores` and `logits`.
+        adaptive: whether captured steps may take smaller trees where these pay better.
         observer: is told what became of every step, before the step is over.
     """
 
@@ -35,6 +36,7 @@ class Policy:
     nodes: int
     law: ProposalLaw
     keep: bool = False
+    adaptive: bool = True
     observer: Callable[[Verified], object] | None = None
 
 

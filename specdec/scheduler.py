@@ -102,6 +102,7 @@ class Scheduler:
         A request that has run under other weights as well is nobody's to reuse from then on.
         """
         if not self.prefix_cache:
+            self.target.follow()
             return None
         weights = self.target.weights_state()
         for request in self.running:
@@ -168,6 +169,11 @@ class Scheduler:
             if common > most:
                 best, most = other, common
         return best, most
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether a running request cannot decode yet."""
+        return bool(self.pieces(1))
 
     def pieces(self, room: int) -> list[tuple[Request, int]]:
         """What to prefill in the next pass: the oldest requests, and how many tokens of each."""

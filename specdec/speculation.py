@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -51,9 +52,12 @@ class Speculation:
         self._members = tuple(members)
         self._longest: tuple[int, ...] | None = None  # rows that the commit may have kept
         self._chosen = 0  # how many of the sequences may have kept fewer
-        self._sequence_index = upload(self.sequences, cache.device)
         for member in members:
             member.lease = self
+
+    @cached_property
+    def _sequence_index(self) -> Tensor:
+        return upload(self.sequences, self.cache.device)
 
     @property
     def sequences(self) -> tuple[int, ...]:
@@ -180,6 +184,19 @@ class Speculation:
             member.bound += count
             member.unsettled += count if place < chosen else 0
         self._chosen = chosen
+        self._close()
+
+    def committed(self, most: int) -> None:
+        """Closes the lease after a commit of its trees that the device made by itself.
+
+        Args:
+            most: rows that any of the sequences may have kept; `settle` tells how many did.
+        """
+        self._check_open()
+        self._longest, self._chosen = (most,) * len(self.rows), len(self.rows)
+        for member in self._members:
+            member.bound += most
+            member.unsettled += most
         self._close()
 
     def settle(self, kept: Sequence[int]) -> None:

@@ -20,7 +20,7 @@ from specdec.attention import Backend
 from specdec.branching import Branch, check_branches, check_weights, grow
 from specdec.cache import TreeKVCache
 from specdec.drafting import Drafter
-from specdec.engine import Engine
+from specdec.engine import STEP_TOKENS, Engine
 from specdec.generation import (
     Call,
     SpeculativeOutput,
@@ -37,7 +37,7 @@ from specdec.rules import check_rule, select_rule
 from specdec.sampling import Sampler
 from specdec.serving import ServingEngine
 from specdec.support import causal_model, check_length
-from specdec.target import Target
+from specdec.target import Layers, Target
 from specdec.tree import MAX_NODES
 from specdec.verify import AcceptanceRule
 
@@ -49,7 +49,7 @@ FLUENT = {"apply", "eval", "requires_grad_", "to", "train", "type", "cpu", "cuda
 }
 """Methods of a module that return the module: on a wrapped model they return the wrapper."""
 
-OWN = frozenset({"drafter", "nodes", "rule", "prefix_cache"}) | {
+OWN = frozenset({"adaptive", "drafter", "nodes", "rule", "prefix_cache"}) | {
     "_model",
     "_target",
     "_target_key",
@@ -68,6 +68,9 @@ def wrap(
     prefix_cache: bool = True,
     max_cached_bytes: int | None = None,
     backend: Backend = "auto",
+    layers: Layers = "auto",
+    capture: bool = True,
+    adaptive: bool = True,
 ) -> SpeculativeModel:
     """Makes a model's `generate()` speculative without changing what it generates.
 
@@ -89,6 +92,13 @@ def wrap(
         max_cached_bytes: for how much of that there is room, at most; by default a tenth of the
             device's memory.
         backend: the backend of tree attention.
+        layers: who computes the model's layers: `fused`, in few kernels, for the standard decoder
+            families; `transformers`, for all. `auto` takes the first on a GPU where it fits. Then
+            the model's weights are packed where they lie, see `unwrap`.
+        capture: run decoding steps as CUDA graphs where they can be; `stats.paths` tells which were
+            not, and why.
+        adaptive: let captured steps take smaller trees than `nodes`, or none, where these pay
+            better by measured times. What is generated does not depend on it.
 
     Raises:
         UnsupportedModel: the model cannot be driven with trees; the message says why.
@@ -104,19 +114,23 @@ def wrap(
         prefix_cache=prefix_cache,
         max_cached_bytes=max_cached_bytes,
         backend=backend,
+        layers=layers,
+        capture=capture,
+        adaptive=adaptive,
     )
 
 
 class SpeculativeModel:
     """A wrapped model: `generate` and `stream` are speculative, all else is the model's own.
 
-    `drafter`, `rule`, `nodes` and `prefix_cache` may be changed between calls.
+    `drafter`, `rule`, `nodes`, `adaptive` and `prefix_cache` may be changed between calls.
     """
 
     drafter: Drafter
     rule: str | AcceptanceRule
     nodes: int
     prefix_cache: bool
+    adaptive: bool
     _model: Any
     _target: Target | None
     _target_options: dict[str, Any]
@@ -130,9 +144,11 @@ class SpeculativeModel:
         rule: str | AcceptanceRule,
         nodes: int | None,
         prefix_cache: bool,
+        adaptive: bool,
         **target_options: Any,
     ) -> None:
         self._model = model
+        self.adaptive = adaptive
         self.prefix_cache = prefix_cache
         self._target_options = target_options
         self._target, self._target_key = None, None
@@ -306,10 +322,13 @@ class SpeculativeModel:
             rule="auto",
             nodes=1,
             prefix_cache=self.prefix_cache,
+            adaptive=self.adaptive,
             **self._target_options,
         )
 
-    def engine(self, *, step_tokens: int = 512, max_running: int | None = None) -> ServingEngine:
+    def engine(
+        self, *, step_tokens: int = STEP_TOKENS, max_running: int | None = None
+    ) -> ServingEngine:
         """Continuous batching: requests are submitted one by one and share every pass.
 
         Args:
@@ -369,14 +388,14 @@ class SpeculativeModel:
             can_draft=chosen.can_draft,
         )
         size = self.nodes if nodes is None else nodes
-        return Policy(chosen, accepts, call.sampler, size, law, call.keeps_scores)
+        return Policy(chosen, accepts, call.sampler, size, law, call.keeps_scores, self.adaptive)
 
     def _greedy_policy(self) -> Policy:
         drafter = self.drafter
         rule, law = select_rule(
             self.rule, drafter.law, do_sample=False, can_draft=drafter.can_draft
         )
-        return Policy(drafter, rule, Sampler(), self.nodes, law)
+        return Policy(drafter, rule, Sampler(), self.nodes, law, adaptive=self.adaptive)
 
     def _engine(self, call: Call, observer: Callable[[Verified], object] | None = None) -> Engine:
         policy = replace(self._policy(call), observer=observer)

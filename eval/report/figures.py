@@ -22,7 +22,7 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 LEAST_TRIES = 10
 """For a point of an acceptance curve; the table has the others too."""
-PATTERNS = ("", "/", "x", ".", "\\", "-")
+PATTERNS = ("", "/", "x", ".", "\\", "-", "+")
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,10 @@ class Arm:
 
     @property
     def draft_cost(self) -> float | None:
-        """Time to draft over time of the target's passes."""
+        """Time to draft over time of the target's passes; None where captured steps hold both."""
         forward = self.seconds.get("forward", 0.0)
+        if self.seconds.get("captured"):
+            return None
         return self.seconds.get("draft", 0.0) / forward if forward else None
 
 

@@ -123,7 +123,7 @@ def _configurations(results: Results) -> Table:
     note = (
         f"Overall, as ratios of sums over all prompts. Speed-up: tokens per second over those of "
         f"{results.baseline}. Wasted: share of drafted nodes not accepted. Draft cost: time to "
-        "draft over time of the target's passes."
+        "draft over time of the target's passes, where steps are not captured as a whole."
     )
     columns = _columns("Configuration", heads)
     return Table("configurations", "speed", "Configurations", note, columns, rows, folded=False)
