@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import typer
 
+from specdec.eval.report.command import report
+
 app = typer.Typer(
     help="Compare drafters, trees, rules and baselines on suites of prompts.",
     invoke_without_command=True,
     pretty_exceptions_show_locals=False,
 )
+
+app.command()(report)
