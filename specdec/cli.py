@@ -39,6 +39,7 @@ from specdec.eval.attention import cases, report
 from specdec.eval.cli import app as eval_app
 from specdec.eval.compare import compare
 from specdec.eval.cost import measure_step
+from specdec.eval.generate.command import bench_generate
 from specdec.eval.loading import encode, load_model, make_drafter, parse_dtype
 from specdec.eval.prompts import DEMO_PROMPT, builtin_prompts
 from specdec.eval.verify_lossless import verify_lossless
@@ -52,7 +53,8 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="Models that come with a name.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
-bench_app = typer.Typer(help="Measurements of the parts, on a GPU.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measurements on a GPU.", no_args_is_help=True)
+bench_app.command("generate")(bench_generate)
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
 app.command()(trace)
