@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from specdec.drafting import SequenceDrafter
+from specdec.drafting import DeviceDrafter, DraftBuffers, SequenceDrafter
 from specdec.tree import TokenTree
 
 Match = tuple[int, float]  # place behind an earlier occurrence of the last token, weight
@@ -52,6 +53,9 @@ class NGram(SequenceDrafter):
 
     DECAY: ClassVar[float] = 0.9
     """How much less sure each further token is, even where all votes agree."""
+
+    def on_device(self, requests: int, device: torch.device) -> DeviceDrafter:
+        return _DeviceNGram(self, requests, device)
 
     def draft(self, tokens: Sequence[int], nodes: int) -> TokenTree:
         out, parents = [tokens[-1]], [-1]
@@ -97,3 +101,29 @@ class NGram(SequenceDrafter):
             agree &= (ends >= back) & (text[ends - back] == text[-1 - back])
             length[agree] += 1
         return [(int(end) + 1, 2.0**n) for end, n in zip(ends, length, strict=True)]
+
+
+class _DeviceNGram(DeviceDrafter):
+    """The same trees, grown by one kernel; at most `VOTERS` occurrences vote."""
+
+    VOTERS: ClassVar[int] = 64
+
+    def __init__(self, drafter: NGram, requests: int, device: torch.device) -> None:
+        self.drafter, self.max_depth = drafter, drafter.depth
+        voters = 1 << (min(drafter.max_matches, self.VOTERS).bit_length() - 1)
+        self._places = torch.empty(requests, voters, dtype=torch.int32, device=device)
+
+    def draft(self, buffers: DraftBuffers) -> None:
+        from specdec.kernels import ngram  # needs Triton
+
+        ngram.draft(
+            buffers.text,
+            buffers.lengths,
+            self._places,
+            tokens=buffers.tokens,
+            parents=buffers.parents,
+            counts=buffers.counts,
+            max_ngram=self.drafter.max_ngram,
+            max_depth=self.drafter.depth,
+            decay=self.drafter.DECAY,
+        )

@@ -11,15 +11,17 @@ R rows, B paths (one for each sequence), N rows of a path. A slot is `page * S +
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from specdec.kernels.layers import UNFUSED, dependent
+
+FLOAT = torch.float32
+
 TILE = 2048
 """Elements that a program holds of each tensor."""
-
-UNFUSED = {"enable_fp_fusion": False}
-"""A fused multiply-add would not round the product. Triton warns of launches that do not choose."""
 
 
 @triton.jit
@@ -43,10 +45,12 @@ def _rotate(
 ):  # fmt: skip
     """Some heads of one row `X`, rotated, into row `place` of `OUT`."""
     HALF: tl.constexpr = ROTARY // 2
-    dtype: tl.constexpr = X.dtype.element_ty
+    x_dtype: tl.constexpr = X.dtype.element_ty
     out_dtype: tl.constexpr = OUT.dtype.element_ty
     X += heads[:, None] * x_head
     OUT += place * (H * D) + heads[:, None] * D
+    # Torch computes, and rounds, in the wider of the two dtypes.
+    dtype: tl.constexpr = COS.dtype.element_ty
     half = tl.arange(0, HALF_P)
     inside = half < HALF
     real = (heads < H)[:, None] & inside[None, :]
@@ -56,13 +60,15 @@ def _rotate(
     sin_low = tl.load(SIN + half, mask=inside, other=0.0).to(tl.float32)[None, :]
     cos_high = tl.load(COS + half + HALF, mask=inside, other=0.0).to(tl.float32)[None, :]
     sin_high = tl.load(SIN + half + HALF, mask=inside, other=0.0).to(tl.float32)[None, :]
-    # Torch rounds each product to the dtype of the model before it adds the two.
+    # Torch rounds each product before it adds the two.
     new_low = (low * cos_low).to(dtype).to(tl.float32) - (high * sin_low).to(dtype).to(tl.float32)
     new_high = (high * cos_high).to(dtype).to(tl.float32) + (low * sin_high).to(dtype).to(
         tl.float32
     )
-    tl.store(OUT + half[None, :], new_low.to(dtype).to(out_dtype), mask=real)
-    tl.store(OUT + (half[None, :] + HALF), new_high.to(dtype).to(out_dtype), mask=real)
+    new_low = new_low.to(dtype).to(x_dtype).to(out_dtype)
+    new_high = new_high.to(dtype).to(x_dtype).to(out_dtype)
+    tl.store(OUT + half[None, :], new_low, mask=real)
+    tl.store(OUT + (half[None, :] + HALF), new_high, mask=real)
     if ROTARY < D:
         rest = ROTARY + tl.arange(0, REST_P)
         real = (heads < H)[:, None] & (rest < D)[None, :]
@@ -115,10 +121,13 @@ def _rotate_kernel(
     q_row, q_head, q_dim, k_row, k_head, k_dim, v_row, v_head, v_dim,
     HQ: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     ROTARY: tl.constexpr, HALF_P: tl.constexpr, REST_P: tl.constexpr,
-    DVP: tl.constexpr, BLOCK_H: tl.constexpr,
+    DVP: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Of a row, the first programs take blocks of query heads, the others those of K and V."""
     QUERY_BLOCKS: tl.constexpr = (HQ + BLOCK_H - 1) // BLOCK_H
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     COS += row * ROTARY
@@ -199,23 +208,25 @@ def rotate_and_write(
         query: [R, Hq, Dk] in float32, float16 or bfloat16, with any strides.
         key_pages, value_pages, slots, keys, values: as for `write_rows`; keys in the dtype of the
             query.
-        cos, sin: [R, Drot], contiguous, in the dtype of the query, Drot even and at most Dk.
+        cos, sin: [R, Drot], contiguous, in the dtype of the query or float32, Drot even and at most
+            Dk.
 
     Returns:
         [R, Hq, Dk], the rotated query.
 
     Raises:
         ValueError: `cos` has no width that fits.
-        TypeError: `query`, `keys`, `cos` and `sin` differ in dtype.
+        TypeError: dtypes do not go together.
     """
     rows, heads, dk = query.shape
     kv_heads, dv = values.shape[1:]
     rotary = cos.shape[1]
     if rotary % 2 or not 0 < rotary <= dk:
         raise ValueError(f"cos: expected an even width of 2 to {dk}, got {rotary}")
-    if not query.dtype == keys.dtype == cos.dtype == sin.dtype:
+    if query.dtype != keys.dtype or cos.dtype != sin.dtype or cos.dtype not in (query.dtype, FLOAT):
         raise TypeError(
-            f"keys, cos, sin: expected {query.dtype}, got {keys.dtype}, {cos.dtype}, {sin.dtype}"
+            f"keys, cos, sin: expected {query.dtype}, cos and sin that or {FLOAT}, "
+            f"got {keys.dtype}, {cos.dtype}, {sin.dtype}"
         )
     out = query.new_empty(rows, heads, dk)
     block = _head_block(max(heads, kv_heads), max(dk, dv))
@@ -226,7 +237,7 @@ def rotate_and_write(
         HALF_P=triton.next_power_of_2(rotary // 2),
         REST_P=triton.next_power_of_2(max(1, dk - rotary)),
         DVP=triton.next_power_of_2(dv), BLOCK_H=block,
-        **UNFUSED,
+        **UNFUSED, **dependent(query),
     )  # fmt: skip
     return out
 

@@ -74,6 +74,10 @@ class TreeKVCache:
         """An upper bound of a sequence's committed length, known without asking the device."""
         return self._sequences[sequence].bound
 
+    def pages_of(self, sequence: int) -> list[int]:
+        """The pages of a sequence, in order."""
+        return list(self._sequences[sequence].pages)
+
     def admit(self, prompt: Sequence[int] = (), *, key: Hashable = None) -> int:
         """Opens a sequence and returns its number, the lowest that is free.
 
@@ -104,10 +108,13 @@ class TreeKVCache:
         """Opens a sequence that begins like another one, in the same pages, and returns its number.
 
         Args:
-            sequence: with no lease open and its last commit settled.
+            sequence: with no lease open and its last commit settled, unless `length` ends before
+                what is not.
             length: how many of its tokens; all by default.
         """
-        parent = self._settled(sequence)
+        parent = self._sequences[sequence]
+        if length is None or parent.lease is not None or length > parent.bound - parent.unsettled:
+            parent = self._settled(sequence)
         length = parent.bound if length is None else length
         if not 0 <= length <= parent.bound:
             raise ValueError(f"length: expected 0 to {parent.bound} tokens, got {length}")
@@ -233,6 +240,20 @@ class TreeKVCache:
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.pool.page_size)
+
+    def expect(self, sequences: Sequence[int], tokens: Sequence[int]) -> None:
+        """Makes room for sequences to grow, so that nothing has to be moved while they do.
+
+        What there is no memory for is left out: whoever needs it later will see.
+
+        Args:
+            sequences: admitted ones.
+            tokens: how long each may become.
+        """
+        pages = [self._pages_for(count) for count in tokens]
+        self._widen(max(pages))
+        owned = [len(self._sequences[number].pages) for number in sequences]
+        self.pool.expect(sum(max(0, a - b) for a, b in zip(pages, owned, strict=True)))
 
     def reserve(self, sequences: Sequence[int], rows: Sequence[int]) -> None:
         """Gives sequences room for rows behind their ends, all or none; nothing is leased yet.

@@ -42,6 +42,40 @@ class Observation:
     tokens: tuple[tuple[int, ...], ...]  # accepted tokens of each sequence, then the next token
 
 
+@dataclass(frozen=True)
+class DraftBuffers:
+    """Where a drafter works inside a captured step: device tensors that stay where they are.
+
+    Letters: B requests, T room for a text, N nodes of a tree, R = B * N rows.
+    """
+
+    text: Tensor  # [B, T] int32
+    lengths: Tensor  # [B] int64, tokens of each text; the last one is the root
+    tokens: Tensor  # [R] int64, to be filled, fillers too
+    parents: Tensor  # [R] int32, to be filled: index in the own tree, -1 for roots, 0 for fillers
+    counts: Tensor  # [B] int32, to be filled: nodes of each tree that are not fillers
+
+    @property
+    def nodes(self) -> int:
+        """N, the nodes of each tree, the root included."""
+        return len(self.tokens) // len(self.lengths)
+
+
+class DeviceDrafter(ABC):
+    """The part of a drafter that runs inside a captured step, for B requests.
+
+    `draft` only launches work on the current stream: it reads and writes device tensors that stay
+    where they are, allocates nothing that outlives it, and never asks the device for a number.
+    """
+
+    max_depth: int
+    """No node is deeper."""
+
+    @abstractmethod
+    def draft(self, buffers: DraftBuffers) -> None:
+        """Fills in a tree for each text."""
+
+
 class Drafter(ABC):
     """Proposes a token tree for every sequence of a batch.
 
@@ -55,6 +89,13 @@ class Drafter(ABC):
     def can_draft(self) -> frozenset[ProposalLaw]:
         """The laws that a rule may ask for in `DraftContext.law`."""
         return frozenset({self.law})
+
+    def on_device(self, requests: int, device: torch.device) -> DeviceDrafter | None:
+        """Itself as a part of captured steps over so many requests; None if it needs the host.
+
+        In captured steps neither `propose` nor `observe` is called.
+        """
+        return None
 
     def begin(self, sequences: Sequence[int]) -> None:  # noqa: B027 - optional
         """Sequences start."""
@@ -99,8 +140,25 @@ class SequenceDrafter(Drafter):
         return TreeBatch.pack(trees, vocab_size=context.vocab_size, device=context.device)
 
 
+class RootsOnly(DeviceDrafter):
+    """Trees of one node."""
+
+    max_depth = 0
+
+    def draft(self, buffers: DraftBuffers) -> None:
+        last = buffers.text.gather(1, buffers.lengths[:, None] - 1)
+        buffers.tokens.view(len(last), -1).copy_(last.expand(-1, buffers.nodes))
+        parents = buffers.parents.view(len(last), -1)
+        parents.zero_()
+        parents[:, 0] = -1
+        buffers.counts.fill_(1)
+
+
 class NoDraft(Drafter):
     """Proposes nothing: plain decoding, the baseline, in the same loop."""
+
+    def on_device(self, requests: int, device: torch.device) -> DeviceDrafter:
+        return RootsOnly()
 
     def propose(self, context: DraftContext, nodes: int) -> TreeBatch:
         roots = upload([tokens[-1] for tokens in context.tokens], context.device)

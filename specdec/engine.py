@@ -15,17 +15,24 @@ import torch
 from torch import Tensor
 
 from specdec.batch import TreeBatch
+from specdec.captured import CapturedLane, Report, grounded
 from specdec.drafting import DraftContext, Observation
+from specdec.fused import FusedModel
 from specdec.judge import Judgement, judge
 from specdec.load import Lane, Load, Verdict, read, stacked
 from specdec.pages import OutOfPages, check_count
-from specdec.request import Emission, Policy, Request, RequestError
+from specdec.request import Emission, Policy, Request, RequestError, Verified
 from specdec.sampling import Text
 from specdec.scheduler import Scheduler
 from specdec.stats import GenerationStats, Stopwatch
 from specdec.target import Target
 from specdec.transfer import upload
 from specdec.verify import Noise
+
+STEP_TOKENS = 512
+"""Rows of a pass beside trees: enough to keep a GPU busy, and nobody waits long for the next."""
+ALONE_TOKENS = 2048
+"""Rows of a pass without trees."""
 
 
 class Engine:
@@ -38,7 +45,7 @@ class Engine:
         target: the model and its cache.
         policy: of requests that bring none.
         step_tokens: rows of one pass, at most, if the trees alone are not more; prompts get what
-            trees leave, and never less than a page.
+            trees leave, and never less than a page. By default 512, and 2,048 without trees.
         prefix_cache: use what was computed for one request for others that begin like it.
         max_running: requests that run at once; None for as many as there is room for.
     """
@@ -48,11 +55,12 @@ class Engine:
         target: Target,
         policy: Policy,
         *,
-        step_tokens: int = 512,
+        step_tokens: int | None = None,
         prefix_cache: bool = True,
         max_running: int | None = None,
     ) -> None:
-        check_count("step_tokens", step_tokens)
+        if step_tokens is not None:
+            check_count("step_tokens", step_tokens)
         if max_running is not None:
             check_count("max_running", max_running)
         self.target = target
@@ -70,6 +78,9 @@ class Engine:
         self._noted: list[Request] = []  # to be stopped when the step that runs is over
         self._lanes: list[Lane] = []
         self._lanes_of = -1  # the scheduler's changes that they were made after
+        self._captured: CapturedLane | None = None
+        self._judged: tuple[Lane, FusedModel | None] | None = None  # what `_why` is about
+        self._why: str | None = None
 
     def add(self, request: Request) -> None:
         """Lets a request wait for its turn."""
@@ -182,9 +193,20 @@ class Engine:
             self.stats.bytes[owner] = max(self.stats.bytes.get(owner, 0), count)
 
     def _pass(self) -> list[Emission]:
+        lanes = self._current_lanes()
+        lane = lanes[0] if len(lanes) == 1 and not self.scheduler.prefilling else None
+        why = self._grounded(lanes, lane)
+        if self._captured is not None and (self._captured.lane is not lane or why is not None):
+            return self._land()
+        if lane is not None and why is None:
+            emissions = self._fly(lane)
+            if emissions is not None:
+                return emissions
+            why = "pages run out"
         pieces, lanes = self._make_room(), self._current_lanes()
         if not lanes and not pieces:
             return []
+        self.stats.paths[why or "pages run out"] += 1
         try:
             with self._watch.phase("draft"):
                 proposals = [self._propose(lane) for lane in lanes]
@@ -212,6 +234,60 @@ class Engine:
         parts = zip(lanes, proposals, judged, decided, strict=True)
         return [emission for part in parts for emission in self._emit(*part)]
 
+    def _grounded(self, lanes: Sequence[Lane], lane: Lane | None) -> str | None:
+        """Why the next pass cannot be captured; None if it can."""
+        if lane is None:
+            return "prompts are computed" if self.scheduler.prefilling else "several policies"
+        if self._judged != (lane, self.target.fused):
+            self._judged = lane, self.target.fused
+            self._why = grounded(self.target, lane)
+        return self._why
+
+    def _fly(self, lane: Lane) -> list[Emission] | None:
+        """Launches a captured step and tells what the last one gave; None if pages run out."""
+        if self._captured is None:
+            self._captured = CapturedLane(self.target.graphs, lane)
+        try:
+            with self._watch.phase("captured"):
+                reports = self._captured.advance()
+        except OutOfPages:
+            return self._land() or None
+        self.stats.paths["captured"] += 1
+        self._watch.add("gap", self._captured.gap)
+        emissions = self._report(lane, reports)
+        if any(e.request.finished and e.request.heir is not None for e in emissions):
+            self._captured.land()  # whoever inherits the sequence finds it settled
+        return emissions
+
+    def _land(self) -> list[Emission]:
+        """Ends the captured steps of a lane, and tells what they still gave."""
+        captured, self._captured = self._captured, None
+        if captured is None:
+            return []
+        captured.land()
+        return [e for reports in captured.landed for e in self._report(captured.lane, reports)]
+
+    def _report(self, lane: Lane, reports: Sequence[Report]) -> list[Emission]:
+        """Tells the requests what a captured step gave them, but for those that are over."""
+        emissions = []
+        for request, report in zip(lane.requests, reports, strict=True):
+            if request.over or request.sequence < 0:
+                continue
+            request.cached += len(report.tokens)
+            if report.failed:
+                request.finished = True
+                request.error = RequestError(_no_token(request, report.accepted))
+            taken = [] if report.failed else request.emit(report.tokens)
+            emission = Emission(request, taken, report.drafted, min(report.accepted, len(taken)))
+            self.stats.add_step(
+                drafted=emission.drafted,
+                accepted=emission.accepted,
+                continued=report.continued and len(taken) == report.accepted + 1,
+                tokens=len(taken),
+            )
+            emissions.append(emission)
+        return emissions
+
     def _verify(self, load: Load, logits: Tensor, starts: Tensor) -> list[Judgement]:
         """What the rule of each lane keeps of its trees; the lanes' rows come first, in order."""
         judged, row, line = [], 0, 0
@@ -220,9 +296,8 @@ class Engine:
             policy = lane.policy
             texts = [Text((*r.padding, *r.tokens), r.row) for r in lane.requests]
             noise = Noise(lane.seeds, roots + 1)
-            judged.append(
-                judge(policy.rule, policy.sampler, here, trees, texts, noise, keep=policy.keep)
-            )
+            keep = policy.keep or policy.observer is not None
+            judged.append(judge(policy.rule, policy.sampler, here, trees, texts, noise, keep=keep))
             row, line = row + len(here), line + len(roots)
         return judged
 
@@ -232,7 +307,8 @@ class Engine:
         while True:
             lanes = self._current_lanes()
             trees = sum(lane.policy.nodes * len(lane.requests) for lane in lanes)
-            pieces = scheduler.pieces(max(self.step_tokens - trees, cache.pool.page_size))
+            most = self.step_tokens or (STEP_TOKENS if lanes else ALONE_TOKENS)
+            pieces = scheduler.pieces(max(most - trees, cache.pool.page_size))
             sequences = [number for lane in lanes for number in lane.sequences]
             rows = [  # one that ends with its next token needs no drafts
                 lane.policy.nodes if len(request.tokens) + 1 < request.max_length else 1
@@ -323,7 +399,8 @@ class Engine:
             line[1:] if request.error is None else line[1:-1]
             for request, line in zip(lane.requests, verdict.tokens, strict=True)
         )
-        lane.policy.drafter.observe(Observation(lane.numbers, trees, paths, new))
+        observation = Observation(lane.numbers, trees, paths, new)
+        lane.policy.drafter.observe(observation)
         emissions = []
         for index, request in enumerate(lane.requests):
             request.cached += len(paths[index])
@@ -342,6 +419,8 @@ class Engine:
                 tokens=len(taken),
             )
             emissions.append(emission)
+        if lane.policy.observer is not None:
+            lane.policy.observer(Verified(observation, judgement.scores, emissions))
         return emissions
 
     def _check(self, policy: Policy, trees: TreeBatch, count: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -160,6 +161,14 @@ class PagePool:
         first = len(self._references)
         free = sorted([*self._free, *range(first, first + extra)])  # a sorted list is a heap
         self._references, self._free = [*self._references, *[0] * extra], free
+
+    def expect(self, count: int) -> None:
+        """Grows now if `count` pages would make it grow later, as far as it may."""
+        if self.max_pages is not None:
+            count = min(count, self.max_pages - self.num_pages + self.num_free)
+        if count > len(self._free):
+            with suppress(OutOfPages):
+                self._grow(count)
 
     def share(self, pages: Sequence[int]) -> None:
         """Adds one reference to each page."""

@@ -17,10 +17,18 @@ from torch import Tensor
 
 from specdec.batch import TreeBatch
 from specdec.laws import SiblingLaw, sibling_law, threshold_law, typical_law
-from specdec.noise import Purpose
-from specdec.sampling import draw
+from specdec.noise import Purpose, uniform
+from specdec.sampling import Sampler, draw
 from specdec.tree import ProposalLaw
-from specdec.verify import ALL_LAWS, AcceptanceRule, Noise, Outcome, paths_to, walk
+from specdec.verify import (
+    ALL_LAWS,
+    AcceptanceRule,
+    DeviceChoice,
+    Noise,
+    Outcome,
+    paths_to,
+    walk,
+)
 
 CHOSEN, IID, ONCE = ProposalLaw
 
@@ -32,8 +40,24 @@ class Greedy(AcceptanceRule):
     legal_laws = ALL_LAWS
     samples = False
 
+    def on_device(self, sampler: Sampler) -> DeviceChoice | None:
+        return _Likeliest(sampler) if sampler.capturable else None
+
     def verify(self, trees: TreeBatch, target: Tensor, noise: Noise) -> Outcome:
         return _match(trees, target.argmax(-1))
+
+
+@dataclass(frozen=True)
+class _Likeliest(DeviceChoice):
+    """The token with the highest score."""
+
+    sampler: Sampler
+
+    def choose(
+        self, logits: Tensor, seeds: Tensor, lengths: Tensor, depths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        best, tokens = self.sampler.node_scores(logits).max(-1)
+        return tokens, best
 
 
 class SampleAndMatch(AcceptanceRule):
@@ -46,8 +70,28 @@ class SampleAndMatch(AcceptanceRule):
     name = "sample-and-match"
     legal_laws = ALL_LAWS
 
+    def on_device(self, sampler: Sampler) -> DeviceChoice | None:
+        return _Sample(sampler) if sampler.capturable else None
+
     def verify(self, trees: TreeBatch, target: Tensor, noise: Noise) -> Outcome:
         return _match(trees, draw(target, noise.at(trees.tree, trees.depths, Purpose.SAMPLE)))
+
+
+@dataclass(frozen=True)
+class _Sample(DeviceChoice):
+    """The token that a run without drafts would draw at the position."""
+
+    sampler: Sampler
+
+    def choose(
+        self, logits: Tensor, seeds: Tensor, lengths: Tensor, depths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        scores = self.sampler.node_scores(logits)
+        numbers = uniform(seeds[:, None], lengths[:, None] + depths, Purpose.SAMPLE)
+        best = scores.amax(-1)
+        # Nothing can be drawn by an infinite score.
+        best = torch.where(best.isfinite(), best, torch.nan)
+        return draw(self.sampler.probs(scores), numbers.flatten()), best
 
 
 class MultiRound(AcceptanceRule):

@@ -9,7 +9,7 @@ import copy
 import math
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -61,6 +61,9 @@ OF_LOGITS = (
     LogitNormalization,
 )
 """They look at nothing but logits: all nodes at once, for drafts too."""
+
+CAPTURABLE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+"""Those of them that never ask the device for a number."""
 
 OF_TEXT = (
     RepetitionPenaltyLogitsProcessor,
@@ -154,6 +157,31 @@ class Sampler:
     @cached_property
     def _of_logits(self) -> tuple[LogitsProcessor, ...]:
         return tuple(p for p in self.processors if type(p) in OF_LOGITS)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether the options can be part of a CUDA graph."""
+        return all(type(processor) in CAPTURABLE for processor in self.processors)
+
+    @cached_property
+    def settings(self) -> Hashable:
+        """Equal for samplers that do the same, if they are `capturable`."""
+        return self.do_sample, tuple(
+            (
+                type(p),
+                tuple((k, v if isinstance(v, int | float) else id(v)) for k, v in vars(p).items()),
+            )
+            for p in self.processors
+        )
+
+    def node_scores(self, logits: Tensor) -> Tensor:
+        """What `scores` gives where all options look at nothing but logits."""
+        if not self.processors:
+            return logits
+        scores = logits.float()
+        for processor in self.processors:
+            scores = processor(None, scores)
+        return scores
 
     def scores(self, logits: Tensor, trees: TreeBatch, texts: Sequence[Text]) -> Tensor:
         """Processed logits after each node, the `scores` of transformers.

@@ -101,9 +101,9 @@ class Scheduler:
 
         A request that has run under other weights as well is nobody's to reuse from then on.
         """
+        weights = self.target.weights_state()
         if not self.prefix_cache:
             return None
-        weights = self.target.weights_state()
         for request in self.running:
             if request.key != (request.cache_key, weights):
                 request.key = object()
@@ -170,6 +170,11 @@ class Scheduler:
             if common > most:
                 best, most = other, common
         return best, most
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether a running request cannot decode yet."""
+        return bool(self.pieces(1))
 
     def pieces(self, room: int) -> list[tuple[Request, int]]:
         """What to prefill in the next pass: the oldest requests, and how many tokens of each."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,9 @@ from specdec.transfer import upload
 
 if TYPE_CHECKING:
     from specdec.cache import TreeKVCache
+
+CHAIN = 128
+"""Rows of a chain that are attended to as one: to them, those before are prefix like any other."""
 
 NULL_SEQUENCE = 0
 """A sequence of length 0 whose every slot lies in the trash page, for rows that pad a batch."""
@@ -51,9 +55,12 @@ class Speculation:
         self._members = tuple(members)
         self._longest: tuple[int, ...] | None = None  # rows that the commit may have kept
         self._chosen = 0  # how many of the sequences may have kept fewer
-        self._sequence_index = upload(self.sequences, cache.device)
         for member in members:
             member.lease = self
+
+    @cached_property
+    def _sequence_index(self) -> Tensor:
+        return upload(self.sequences, self.cache.device)
 
     @property
     def sequences(self) -> tuple[int, ...]:
@@ -123,6 +130,13 @@ class Speculation:
         for number, count in zip(numbers, counts, strict=True):
             owner += [number] * count
             starts.append(len(owner))
+        chain_starts, longest = None, 0
+        if ancestors is None and max(counts) > CHAIN:
+            pairs = zip(starts, counts, strict=False)
+            parts = [start + row for start, count in pairs for row in range(0, count, CHAIN)]
+            longest = max(counts)
+            chain_starts = torch.tensor([*parts, starts[-1]], dtype=torch.int32)
+            chain_starts = upload(chain_starts, cache.device)
         sequence = upload(owner, cache.device)
         prefix = cache.lengths[sequence]
         positions = prefix + depths
@@ -140,10 +154,11 @@ class Speculation:
             ancestors=ancestors,
             slots=cache.slots(sequence, prefix + nodes),
             positions=positions,
-            max_rows=max(counts),
+            max_rows=max(counts) if ancestors is not None else min(CHAIN, max(counts)),
             max_places=sum(self.rows) + fill,
-            max_prefix=max(member.bound for member in self._members),
+            max_prefix=max(member.bound for member in self._members) + longest,
             shared=len({m.pages[0] for m in self._members}) < len(self._members),
+            chain_starts=chain_starts,
         )
 
     def commit(self, paths: Tensor | None = None) -> None:
@@ -180,6 +195,19 @@ class Speculation:
             member.bound += count
             member.unsettled += count if place < chosen else 0
         self._chosen = chosen
+        self._close()
+
+    def committed(self, most: int) -> None:
+        """Closes the lease after a commit of its trees that the device made by itself.
+
+        Args:
+            most: rows that any of the sequences may have kept; `settle` tells how many did.
+        """
+        self._check_open()
+        self._longest, self._chosen = (most,) * len(self.rows), len(self.rows)
+        for member in self._members:
+            member.bound += most
+            member.unsettled += most
         self._close()
 
     def settle(self, kept: Sequence[int]) -> None:

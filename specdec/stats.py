@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from rich.table import Table
 
-PHASES = ("prefill", "draft", "forward", "accept", "commit")
+PHASES = ("prefill", "draft", "forward", "accept", "commit", "captured", "gap")
 
 
 @dataclass
@@ -45,6 +45,8 @@ class GenerationStats:
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by phase; `total` is all of it, and what the phases leave is the host's share."""
     rule: str = ""
+    paths: Counter[str] = field(default_factory=Counter)
+    """Passes by how they ran: `captured`, or why they were not."""
 
     def __add__(self, other: GenerationStats) -> GenerationStats:
         return GenerationStats(
@@ -68,6 +70,7 @@ class GenerationStats:
                 for phase in (*PHASES, "total")
             },
             rule=mixed(self.rule, other.rule),
+            paths=self.paths + other.paths,
         )
 
     @property
@@ -99,8 +102,11 @@ class GenerationStats:
 
     @property
     def loop_overhead(self) -> float:
-        """Time around the target's forwards - draft, plan, accept, commit, host - over theirs."""
-        forward = self.seconds.get("forward", 0.0)
+        """Time around the target's forwards - draft, plan, accept, commit, host - over theirs.
+
+        Of captured steps, only what is outside of them counts as around.
+        """
+        forward = self.seconds.get("forward", 0.0) + self.seconds.get("captured", 0.0)
         around = self.seconds.get("total", 0.0) - self.seconds.get("prefill", 0.0) - forward
         return around / forward if forward else 0.0
 
@@ -137,6 +143,7 @@ class GenerationStats:
             "acceptance_rate": self.acceptance_rate,
             "acceptance_by_depth": self.acceptance_by_depth,
             "seconds": dict(self.seconds),
+            "paths": dict(self.paths),
         }
 
     def __rich__(self) -> Table:
@@ -154,6 +161,7 @@ class GenerationStats:
         table.add_row("acceptance by depth", by_depth or "nothing drafted")
         table.add_row("prompt", f"{self.prefilled_tokens} computed, {self.reused_tokens} reused")
         table.add_row("speed", f"{self.tokens_per_second:.1f} tokens/s in {total:.2f} s")
+        table.add_row("passes", "  ".join(f"{path}: {n}" for path, n in self.paths.items()))
         table.add_row("time", f"{shares}; loop around the forward {self.loop_overhead:.0%} of it")
         return table
 
@@ -181,7 +189,7 @@ class Stopwatch:
         """Time on the host's clock."""
         start = time.perf_counter()
         yield
-        self._add(name, time.perf_counter() - start)
+        self.add(name, time.perf_counter() - start)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -201,8 +209,9 @@ class Stopwatch:
         if self._events:
             torch.cuda.synchronize()
         for name, begin, end in self._events:
-            self._add(name, begin.elapsed_time(end) / 1000)
+            self.add(name, begin.elapsed_time(end) / 1000)
         self._events.clear()
 
-    def _add(self, name: str, seconds: float) -> None:
+    def add(self, name: str, seconds: float) -> None:
+        """Time that somebody else has measured."""
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds

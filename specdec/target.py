@@ -9,10 +9,10 @@ from __future__ import annotations
 import inspect
 import os
 import threading
+import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, get_args
-from weakref import WeakKeyDictionary
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,8 +21,11 @@ from transformers import PreTrainedModel
 from specdec.attention import AttentionPlan, Backend
 from specdec.batch import TreeBatch
 from specdec.cache import Speculation, TreeKVCache
+from specdec.captured import StepGraphs
+from specdec.fused import FusedModel, unfit
 from specdec.hooks import (
     ATTENTION,
+    AttentionCall,
     AttentionHandler,
     NoHandler,
     PagedAttention,
@@ -35,10 +38,12 @@ from specdec.identity import Weights
 from specdec.pages import LayerShape, PagePool
 from specdec.support import UnsupportedModel, causal_model, check_model
 
+Layers = Literal["auto", "fused", "transformers"]
+
 CACHED_SHARE = 10
 """The part of the device's memory that texts which are over may take, as its inverse."""
 
-_LOCKS: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
+_LOCKS: weakref.WeakKeyDictionary[PreTrainedModel, threading.RLock] = weakref.WeakKeyDictionary()
 """One lock for each model: the name of its attention changes for the time of a forward."""
 
 
@@ -56,6 +61,9 @@ class Target:
         max_cached_bytes: what the cache keeps of texts that are over, at most; a tenth of the
             device's memory by default.
         backend: the backend of tree attention.
+        layers: who computes a layer: `fused` kernels for the standard families, or `transformers`;
+            `auto` takes the first on a GPU where they fit. `layers` tells which, `unfit` why.
+        capture: run steps as CUDA graphs where they can be.
         last_position: positions behind this one are held there. For a draft model, whose guesses
             may be poor but must not fail, when the target's text outgrows it.
 
@@ -71,13 +79,18 @@ class Target:
         max_pages: int | None = None,
         max_cached_bytes: int | None = None,
         backend: Backend = "auto",
+        layers: Layers = "auto",
+        capture: bool = True,
         last_position: int | None = None,
     ) -> None:
+        if layers not in get_args(Layers):
+            raise ValueError(f"layers: expected {', '.join(get_args(Layers))}, got {layers!r}")
         if backend not in get_args(Backend):
             raise ValueError(f"backend: expected {', '.join(get_args(Backend))}, got {backend!r}")
         self.model = causal_model(model)
         check_model(self.model)
         self.backend = backend
+        self.capture = capture
         self.last_position = last_position
         self.lock = _LOCKS.setdefault(self.model, threading.RLock())
         self.device = _input_device(self.model)
@@ -88,22 +101,44 @@ class Target:
         self._cache_name = "cache" if "cache" in names else "past_key_values"
         self.weights = Weights(self.model)
         with torch.inference_mode(False):  # tensors that outlive the caller's inference mode
-            layers, self.vocab_size = self._probe()
-            pool = PagePool(layers, page_size, max_pages)
+            calls, self.vocab_size = self._probe()
+            pool = PagePool([_shape(call) for call in calls], page_size, max_pages)
+            self._calls, self._asked = calls, layers
+            self.unfit: str | None = None
+            """Why the layers are computed by transformers; None if they are not."""
+            self.fused: FusedModel | None = None
+            self._fit()
+            self._state = self.weights.state()
             if max_cached_bytes is None:
                 max_cached_bytes = _memory(self.device) // CACHED_SHARE
             self.cache = TreeKVCache(pool, self.device, max_cached_bytes=max_cached_bytes)
+        self.graphs = StepGraphs(weakref.proxy(self))
+        """The captured steps over this cache."""
 
     def weights_state(self) -> Hashable:
-        """What cached K and V depend on besides the tokens; forgets what can never match again."""
+        """What cached K and V depend on besides the tokens; forgets what can never match again.
+
+        Also looks whether the layers can still be computed as before.
+        """
         before = self.weights.generation
         state = self.weights.state()
+        if state != self._state:
+            self._fit()
+            state = self._state = self.weights.state()
         if self.weights.generation != before:
             self.cache.prefixes.clear()
         return state
 
+    def _fit(self) -> None:
+        """Chooses who computes the layers, by what the model is now."""
+        self.unfit = self._unfit(self._asked, self._calls)
+        if self.unfit is not None:
+            self.fused = None
+        elif self.fused is None or not self.fused.current:
+            self.fused = FusedModel(self.model, self._calls)
+
     @torch.no_grad()
-    def _probe(self) -> tuple[list[LayerShape], int]:
+    def _probe(self) -> tuple[list[AttentionCall], int]:
         """Runs two tokens to learn what each attention layer stores and asks for."""
         probe = Probe([])
         tokens = torch.zeros(2, dtype=torch.int64, device=self.device)
@@ -134,17 +169,17 @@ class Target:
                 raise UnsupportedModel(
                     self.model, f"layer {call.layer} slides but does not say how wide its window is"
                 )
-        shapes = [
-            LayerShape(
-                call.key.shape[1],
-                call.key.shape[3],
-                call.value.shape[3],
-                call.value.dtype,
-                call.value.device,
-            )
-            for call in calls
-        ]
-        return shapes, logits.shape[-1]
+        return calls, logits.shape[-1]
+
+    def _unfit(self, layers: Layers, calls: Sequence[AttentionCall]) -> str | None:
+        if layers == "transformers":
+            return "transformers was asked for"
+        if layers == "auto" and self.device.type != "cuda":
+            return f"the model is on {self.device.type}"
+        why = unfit(self.model, calls)
+        if why is not None and layers == "fused":
+            raise UnsupportedModel(self.model, f"layers='fused' does not fit: {why}")
+        return why
 
     def _run(
         self, tokens: Tensor, positions: Tensor, handler: AttentionHandler, keep: int | Tensor
@@ -176,6 +211,9 @@ class Target:
         """
         if self.last_position is not None:
             plan = plan.held(self.last_position)
+        if self.fused is not None:
+            with self.lock, torch.cuda.device_of(tokens):
+                return self.fused.forward(tokens, plan, self.cache.pool, self.backend, keep)
         handler = PagedAttention(self.cache.pool, plan, self.backend)
         return self._run(tokens, plan.positions, handler, keep)
 
@@ -266,6 +304,14 @@ def _chunks(lengths: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int,
                 part, room = [], chunk
     if part:
         yield part
+
+
+def _shape(call: AttentionCall) -> LayerShape:
+    """What an attention layer stores for a token."""
+    value = call.value
+    return LayerShape(
+        call.key.shape[1], call.key.shape[3], value.shape[3], value.dtype, value.device
+    )
 
 
 def _input_device(model: PreTrainedModel) -> torch.device:

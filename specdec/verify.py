@@ -19,6 +19,7 @@ from torch import Tensor
 
 from specdec.batch import TreeBatch
 from specdec.noise import uniform
+from specdec.sampling import Sampler
 from specdec.tree import ProposalLaw
 
 ALL_LAWS = frozenset(ProposalLaw)
@@ -50,6 +51,27 @@ class Outcome:
         return (self.paths >= 0).sum(1)
 
 
+class DeviceChoice(ABC):
+    """What the target says after each node of a tree, inside a captured step.
+
+    For rules that keep a node when the target says the same; it only launches work on the current
+    stream, and never asks the device for a number.
+    """
+
+    @abstractmethod
+    def choose(
+        self, logits: Tensor, seeds: Tensor, lengths: Tensor, depths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[R] int64 tokens, and [R] a score of each: minus infinity or NaN if there is none.
+
+        Args:
+            logits: [R, V] after each node; R = B * N.
+            seeds: [B] int64, of the requests.
+            lengths: [B] int64, of their texts, the roots included.
+            depths: [B, N] int64, of the nodes.
+        """
+
+
 class AcceptanceRule(ABC):
     """Decides a step. `legal_laws` are the proposal laws under which the rule may be used."""
 
@@ -68,6 +90,10 @@ class AcceptanceRule(ABC):
     def label(self) -> str:
         """The name, and a warning where one is due: for statistics."""
         return self.name if self.lossless else f"{self.name} (lossy)"
+
+    def on_device(self, sampler: Sampler) -> DeviceChoice | None:
+        """Itself as a part of captured steps; None if it cannot be, or not with these options."""
+        return None
 
     @abstractmethod
     def verify(self, trees: TreeBatch, target: Tensor, noise: Noise) -> Outcome:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,12 +34,12 @@ from specdec.generation import (
 from specdec.guidance import bind
 from specdec.pages import check_count
 from specdec.prompt_logprobs import PromptScores
-from specdec.request import Policy, Request, token_ids
+from specdec.request import Policy, Request, Verified, token_ids
 from specdec.rules import check_rule, select_rule
 from specdec.sampling import Sampler
 from specdec.serving import ServingEngine
 from specdec.support import causal_model, check_length
-from specdec.target import Target
+from specdec.target import Layers, Target
 from specdec.tree import MAX_NODES
 from specdec.verify import AcceptanceRule
 
@@ -50,7 +51,7 @@ FLUENT = {"apply", "eval", "requires_grad_", "to", "train", "type", "cpu", "cuda
 }
 """Methods of a module that return the module: on a wrapped model they return the wrapper."""
 
-OWN = frozenset({"drafter", "nodes", "rule", "prefix_cache"}) | {
+OWN = frozenset({"adaptive", "drafter", "nodes", "rule", "prefix_cache"}) | {
     "_model",
     "_target",
     "_target_key",
@@ -69,6 +70,9 @@ def wrap(
     prefix_cache: bool = True,
     max_cached_bytes: int | None = None,
     backend: Backend = "auto",
+    layers: Layers = "auto",
+    capture: bool = True,
+    adaptive: bool = True,
 ) -> SpeculativeModel:
     """Makes a model's `generate()` speculative without changing what it generates.
 
@@ -90,6 +94,13 @@ def wrap(
         max_cached_bytes: for how much of that there is room, at most; by default a tenth of the
             device's memory.
         backend: the backend of tree attention.
+        layers: who computes the model's layers: `fused`, in few kernels, for the standard decoder
+            families; `transformers`, for all. `auto` takes the first on a GPU where it fits. Then
+            the model's weights are packed where they lie, see `unwrap`.
+        capture: run decoding steps as CUDA graphs where they can be; `stats.paths` tells which were
+            not, and why.
+        adaptive: let captured steps take smaller trees than `nodes`, or none, where these pay
+            better by measured times. What is generated does not depend on it.
 
     Raises:
         UnsupportedModel: the model cannot be driven with trees; the message says why.
@@ -105,19 +116,23 @@ def wrap(
         prefix_cache=prefix_cache,
         max_cached_bytes=max_cached_bytes,
         backend=backend,
+        layers=layers,
+        capture=capture,
+        adaptive=adaptive,
     )
 
 
 class SpeculativeModel:
     """A wrapped model: `generate` and `stream` are speculative, all else is the model's own.
 
-    `drafter`, `rule`, `nodes` and `prefix_cache` may be changed between calls.
+    `drafter`, `rule`, `nodes`, `adaptive` and `prefix_cache` may be changed between calls.
     """
 
     drafter: Drafter
     rule: str | AcceptanceRule
     nodes: int
     prefix_cache: bool
+    adaptive: bool
     _model: Any
     _target: Target | None
     _target_options: dict[str, Any]
@@ -131,9 +146,11 @@ class SpeculativeModel:
         rule: str | AcceptanceRule,
         nodes: int | None,
         prefix_cache: bool,
+        adaptive: bool,
         **target_options: Any,
     ) -> None:
         self._model = model
+        self.adaptive = adaptive
         self.prefix_cache = prefix_cache
         self._target_options = target_options
         self._target, self._target_key = None, None
@@ -165,6 +182,7 @@ class SpeculativeModel:
         stopping_criteria: StoppingCriteriaList | None = None,
         *,
         streamer: BaseStreamer | None = None,
+        observer: Callable[[Verified], object] | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         tokenizer: Any = None,
@@ -178,6 +196,8 @@ class SpeculativeModel:
             inputs: [B, L] prompts, padded on the left; also as `input_ids=`.
             generation_config, logits_processor, stopping_criteria: as in transformers.
             streamer: gets the prompt and then the tokens of each step; for one row.
+            observer: is called after every step with the trees, what the target made of them and
+                the accepted paths; what it raises ends the call.
             seed: of a sampled run. By default drawn from `generator`, or from torch's global
                 generator, so that `transformers.set_seed` works.
             generator: to draw the seed from.
@@ -206,7 +226,7 @@ class SpeculativeModel:
             inputs, generation_config, logits_processor, stopping_criteria, tokenizer, options
         )
         top = _check_logprobs(prompt_logprobs, call, self._driven().vocab_size)
-        return self._run(call, streamer, seed, generator, cache_key, top)
+        return self._run(call, streamer, seed, generator, cache_key, observer, top)
 
     def stream(
         self,
@@ -310,14 +330,18 @@ class SpeculativeModel:
             rule="auto",
             nodes=1,
             prefix_cache=self.prefix_cache,
+            adaptive=self.adaptive,
             **self._target_options,
         )
 
-    def engine(self, *, step_tokens: int = 512, max_running: int | None = None) -> ServingEngine:
+    def engine(
+        self, *, step_tokens: int | None = None, max_running: int | None = None
+    ) -> ServingEngine:
         """Continuous batching: requests are submitted one by one and share every pass.
 
         Args:
-            step_tokens: rows of one pass, at most, if the trees alone are not more.
+            step_tokens: rows of one pass, at most, if the trees alone are not more; by default 512,
+                and 2,048 for passes that hold nothing but prompts.
             max_running: requests that run at once; None for as many as there is room for.
         """
         return ServingEngine(
@@ -374,17 +398,18 @@ class SpeculativeModel:
         )
         size = self.nodes if nodes is None else nodes
         sampler = bind(call.sampler, target)
-        return Policy(chosen, accepts, sampler, size, law, call.keeps_scores)
+        return Policy(chosen, accepts, sampler, size, law, call.keeps_scores, self.adaptive)
 
     def _greedy_policy(self) -> Policy:
         drafter = self.drafter
         rule, law = select_rule(
             self.rule, drafter.law, do_sample=False, can_draft=drafter.can_draft
         )
-        return Policy(drafter, rule, Sampler(), self.nodes, law)
+        return Policy(drafter, rule, Sampler(), self.nodes, law, adaptive=self.adaptive)
 
-    def _engine(self, call: Call) -> Engine:
-        return Engine(self._driven(), self._policy(call), prefix_cache=self.prefix_cache)
+    def _engine(self, call: Call, observer: Callable[[Verified], object] | None = None) -> Engine:
+        policy = replace(self._policy(call), observer=observer)
+        return Engine(self._driven(), policy, prefix_cache=self.prefix_cache)
 
     def _run(
         self,
@@ -393,9 +418,10 @@ class SpeculativeModel:
         seed: int | None,
         generator: torch.Generator | None,
         cache_key: Hashable,
+        observer: Callable[[Verified], object] | None = None,
         prompt_logprobs: int | None = None,
     ) -> Tensor | SpeculativeOutput:
-        engine = self._engine(call)
+        engine = self._engine(call, observer)
         requests = call.requests(_seed(call, seed, generator), cache_key)
         if prompt_logprobs is not None:
             for request in requests:

@@ -22,11 +22,14 @@ FILES = [
 LAW = {
     "kernels": {"kernels"},
     "core": {"core", "kernels"},
-    "drafters": {"core", "drafters"},
+    "drafters": {"core", "kernels", "drafters"},
     "eval": {"core", "kernels", "drafters", "eval"},
 }
-# Two files of specdec/ sit on top of everything; wrap.py looks up, but not while it is imported.
-ALSO_ANYWHERE = {"specdec/cli.py": {"drafters", "eval"}}
+# The command line sits on top of everything; wrap.py looks up, but not while it is imported.
+ALSO_ANYWHERE = {
+    "specdec/cli.py": {"drafters", "eval"},
+    "specdec/cli_trace.py": {"eval"},
+}
 ALSO_IN_FUNCTIONS = {"specdec/wrap.py": {"drafters"}}
 
 
@@ -96,8 +99,8 @@ def test_imports_follow_the_law(file: str) -> None:
         ("kernels/move.py", "from .. import tree", "core"),
         ("kernels/move.py", "import specdec", "core"),
         ("drafters/ngram.py", "from ..eval import prompts", "eval"),
-        ("drafters/ngram.py", "import specdec.kernels.move as move", "kernels"),
-        ("drafters/training/loss.py", "from ...kernels import move", "kernels"),
+        ("drafters/ngram.py", "import specdec.eval.prompts as prompts", "eval"),
+        ("drafters/training/loss.py", "from ...eval import prompts", "eval"),
     ],
 )
 def test_planted_violation_is_found(file: str, source: str, part: str) -> None:
