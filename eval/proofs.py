@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,8 +82,8 @@ def kolmogorov(first: Tensor, second: Tensor) -> float:
     x = (root + 0.12 + 0.11 / root) * float((a - b).abs().max())
     if x < 0.3:
         return 1.0
-    terms = [(-1) ** (k - 1) * math.exp(-2 * (k * x) ** 2) for k in range(1, 101)]
-    return min(1.0, max(0.0, 2 * sum(terms)))
+    terms = [(-1.0) ** (k - 1) * math.exp(-2 * (k * x) ** 2) for k in range(1, 101)]
+    return float(min(1.0, max(0.0, 2 * sum(terms))))
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
@@ -155,7 +155,7 @@ def compare_samples(
 def compare_ties(model: Any, wrapped: Any, prompts: Sequence[Tensor], new: int) -> list[Ties]:
     """Prompt lookup by transformers and trees, each against transformers' plain greedy answers."""
     options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False}
-    runs = {
+    runs: dict[str, Callable[[Tensor], Any]] = {
         "transformers, prompt lookup": lambda p: model.generate(
             p, attention_mask=torch.ones_like(p), prompt_lookup_num_tokens=10, **options
         ),

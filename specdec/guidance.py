@@ -64,8 +64,8 @@ class Guidance(TreeProcessor):
         Raises:
             ValueError: there are negative prompts for another number of rows, or an empty one.
         """
-        ids = processor.unconditional_context["input_ids"]
-        mask = processor.unconditional_context["attention_mask"]
+        context: dict[str, Any] = processor.unconditional_context
+        ids, mask = context["input_ids"], context["attention_mask"]
         negative = None
         if ids is not None:
             rows = len(input_ids)
@@ -109,7 +109,8 @@ class Guidance(TreeProcessor):
         assert self.target is not None, "guidance runs only when it is bound to a target"
         target, device = self.target, self.target.device
         tokens, parents = histories.tokens.tolist(), histories.parents
-        members, missing, trees, kept, start, row = [], [], [], [], 0, 0
+        members, missing, trees, start, row = [], [], [], 0, 0
+        kept: list[int] = []
         for text, size in zip(histories.texts, histories.sizes, strict=True):
             if text.row not in self._second:
                 self._second[text.row] = _Second(target.cache.admit())

@@ -235,6 +235,9 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+no_waiting: Any = NoWaiting
+
+
 class Launch:
     """Stands for a kernel, whose own work is on the device."""
 
@@ -253,12 +256,12 @@ def test_a_decision_never_waits_for_the_device(name: str, monkeypatch: pytest.Mo
     logits = torch.randn(len(trees.tokens), SMALL)
     noise = Noise(split_seeds(0, 3), torch.arange(3))
     sampler = Sampler(True, warpers(CUTS["all"]))
-    with NoWaiting():
+    with no_waiting():
         by_kernels(RULES[name](), sampler, logits, trees, noise)
-    with NoWaiting(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+    with no_waiting(), pytest.raises(AssertionError, match="_local_scalar_dense"):
         int(trees.tokens[0])
     if name != "traversal":  # in torch, it looks at the shape of trees on the host
-        with NoWaiting():
+        with no_waiting():
             RULES[name]().verify(trees, logits.softmax(-1), noise)
 
 
