@@ -128,7 +128,16 @@ class Target:
         if self._asked == "transformers" or (self.fused is not None and self.fused.current):
             return
         self.unfit = self._unfit(self._asked, self._calls)
+        if self.fused is not None:
+            self.fused.forget()  # there may be no room for two
         self.fused = None if self.unfit else FusedModel(self.model, self._calls)
+
+    def unpack(self) -> None:
+        """Lets the model's parameters lie where they would without a wrapper."""
+        if self.fused is not None:
+            with self.lock:
+                self.fused.unpack()
+                self.fused, self.unfit = None, "the model was unwrapped"
 
     @torch.no_grad()
     def _probe(self) -> tuple[list[AttentionCall], int]:
