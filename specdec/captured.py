@@ -129,8 +129,9 @@ class Step:
             lengths=texts.lengths,
             tokens=zeros(rows),
             parents=zeros(rows, dtype=torch.int32),
-            counts=zeros(count, dtype=torch.int32),
+            counts=zeros(count, dtype=torch.int32) + 1,
         )
+        self.trees.parents.view(count, nodes)[:, 0] = -1
         self.nodes = torch.arange(nodes, device=device).repeat(count)
         self.row_starts = torch.arange(count + 1, dtype=torch.int32, device=device) * nodes
         self.row_sequences, self.depths = zeros(rows), zeros(rows)

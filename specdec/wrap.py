@@ -429,8 +429,13 @@ class SpeculativeModel:
         return run(call, engine, requests, streamer)
 
     def unwrap(self) -> Any:
-        """Frees the cache and returns the model that was wrapped."""
+        """Frees the cache, gives the model's weights their own storages again, and returns it.
+
+        Other wrappers of the model go on; they pack its weights again when they need them.
+        """
         model = self._wrapped()
+        if self._target is not None:
+            self._target.unpack()
         self._model, self._target = None, None
         return model
 
