@@ -56,7 +56,13 @@ class _Likeliest(DeviceChoice):
     def choose(
         self, logits: Tensor, seeds: Tensor, lengths: Tensor, depths: Tensor
     ) -> tuple[Tensor, Tensor]:
-        best, tokens = self.sampler.node_scores(logits).max(-1)
+        scores = self.sampler.node_scores(logits)
+        if scores.is_cuda:
+            from specdec.kernels import vocab  # needs Triton
+
+            best, tokens = vocab.greatest(scores)
+        else:
+            best, tokens = scores.max(-1)
         return tokens, best
 
 
@@ -86,6 +92,21 @@ class _Sample(DeviceChoice):
     def choose(
         self, logits: Tensor, seeds: Tensor, lengths: Tensor, depths: Tensor
     ) -> tuple[Tensor, Tensor]:
+        if logits.is_cuda and self.sampler.cuts is not None:
+            from specdec.kernels import vocab  # needs Triton
+
+            count, nodes = depths.shape
+            rows = vocab.distributions(
+                logits,
+                self.sampler.cuts,
+                seeds=seeds,
+                positions=lengths,
+                tree=torch.arange(count, device=depths.device).repeat_interleave(
+                    nodes, output_size=count * nodes
+                ),
+                depths=depths.flatten(),
+            )
+            return rows.tokens, rows.best
         scores = self.sampler.node_scores(logits)
         numbers = uniform(seeds[:, None], lengths[:, None] + depths, Purpose.SAMPLE)
         best = scores.amax(-1)
