@@ -472,6 +472,8 @@ def grounded(target: Target, lane: Lane) -> str | None:
         return f"the rule {policy.rule.name!r} with these options is not captured"
     if policy.keep:
         return "scores or logits are kept"
+    if policy.observer is not None:
+        return "an observer looks at every step"
     if policy.drafter.on_device(1, target.device) is None:
         return f"{type(policy.drafter).__name__} drafts on the host"
     return None

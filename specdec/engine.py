@@ -19,7 +19,7 @@ from specdec.captured import CapturedLane, Report, grounded
 from specdec.drafting import DraftContext, Observation
 from specdec.load import Judgement, Lane, Load, Verdict, read, stacked
 from specdec.pages import OutOfPages, check_count
-from specdec.request import Emission, Policy, Request, RequestError
+from specdec.request import Emission, Policy, Request, RequestError, Verified
 from specdec.sampling import Text
 from specdec.scheduler import Scheduler
 from specdec.stats import GenerationStats, Stopwatch
@@ -392,7 +392,8 @@ class Engine:
             line[1:] if request.error is None else line[1:-1]
             for request, line in zip(lane.requests, verdict.tokens, strict=True)
         )
-        lane.policy.drafter.observe(Observation(lane.numbers, trees, paths, new))
+        observation = Observation(lane.numbers, trees, paths, new)
+        lane.policy.drafter.observe(observation)
         emissions = []
         for index, request in enumerate(lane.requests):
             request.cached += len(paths[index])
@@ -411,6 +412,8 @@ class Engine:
                 tokens=len(taken),
             )
             emissions.append(emission)
+        if lane.policy.observer is not None:
+            lane.policy.observer(Verified(observation, judgement.scores, emissions))
         return emissions
 
     def _check(self, policy: Policy, trees: TreeBatch, count: int) -> None:
