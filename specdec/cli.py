@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -31,22 +30,17 @@ from specdec.cli_options import (
     TopKOption,
     TopPOption,
     TreeOption,
-    encode,
-    err,
-    load,
-    make_drafter,
-    named_dtype,
-    out,
-    readable_errors,
     sampling,
 )
-from specdec.cli_report import report as eval_report
 from specdec.cli_trace import trace
+from specdec.console import err, out, print_json, readable_errors
 from specdec.drafters import NGram
 from specdec.eval.attention import cases, report
+from specdec.eval.cli import app as eval_app
 from specdec.eval.compare import compare
 from specdec.eval.cost import measure_step
 from specdec.eval.generate.command import bench_generate
+from specdec.eval.loading import encode, load_model, make_drafter, parse_dtype
 from specdec.eval.prompts import DEMO_PROMPT, builtin_prompts
 from specdec.eval.verify_lossless import verify_lossless
 from specdec.generation import SpeculativeOutput
@@ -62,14 +56,11 @@ app.add_typer(models_app, name="models")
 bench_app = typer.Typer(help="Measurements on a GPU.", no_args_is_help=True)
 bench_app.command("generate")(bench_generate)
 app.add_typer(bench_app, name="bench")
+app.add_typer(eval_app, name="eval")
+app.command()(trace)
 
 debug_app = typer.Typer(help="A look inside.", no_args_is_help=True)
 app.add_typer(debug_app, name="debug")
-
-app.command()(trace)
-eval_app = typer.Typer(help="Comparing configurations over many prompts.", no_args_is_help=True)
-eval_app.command("report")(eval_report)
-app.add_typer(eval_app, name="eval")
 
 
 @app.command()
@@ -95,10 +86,10 @@ def generate(
     """Generates text, streaming it as it is verified."""
     with readable_errors():
         text = sys.stdin.read() if prompt == "-" else prompt
-        loaded, tokenizer = load(model, dtype, device)
+        loaded, tokenizer = load_model(model, dtype, device)
         chosen, nodes = make_drafter(drafter, tree, loaded.device, loaded.dtype)
         wrapped = specdec.wrap(loaded, chosen, rule=rule, nodes=nodes)
-        inputs = encode(tokenizer, text, raw).to(loaded.device)
+        inputs = encode(tokenizer, text, raw=raw).to(loaded.device)
         options: dict[str, Any] = {**inputs, "max_new_tokens": max_new_tokens, "seed": seed}
         options |= sampling(temperature, top_k, top_p)
         width = inputs["input_ids"].shape[1]
@@ -125,18 +116,24 @@ def generate(
 
 @app.command()
 def chat(
-    model: ModelOption = models.DEFAULT,
-    drafter: DrafterOption = "ngram",
+    model: Annotated[
+        str, typer.Option(help="A name from `specdec models list`, a folder or a hub id.")
+    ] = models.DEFAULT,
+    drafter: Annotated[
+        str, typer.Option(help="ngram, none, or a smaller model (name, folder or hub id).")
+    ] = "ngram",
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Of a sampled run.")] = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 on a CPU, bfloat16 elsewhere by default.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
 ) -> None:
     """Talks with a model; each turn computes only what is new. An empty line ends it."""
     with readable_errors():
-        loaded, tokenizer = load(model, dtype, device)
+        loaded, tokenizer = load_model(model, dtype, device)
         if tokenizer.chat_template is None:
             raise ValueError(f"--model: expected a chat model, {model!r} has no chat template")
         chosen, nodes = make_drafter(drafter, None, loaded.device, loaded.dtype)
@@ -176,7 +173,9 @@ def _ask() -> str:
 @debug_app.command("cache")
 def debug_cache(
     prompts: Annotated[list[str], typer.Argument(help="Texts to generate from, in order.")],
-    model: ModelOption = models.DEFAULT,
+    model: Annotated[
+        str, typer.Option(help="A name from `specdec models list`, a folder or a hub id.")
+    ] = models.DEFAULT,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 16,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
     svg: Annotated[Path | None, typer.Option(help="File to draw the tree to as well.")] = None,
@@ -184,11 +183,11 @@ def debug_cache(
 ) -> None:
     """Shows what the prefix tree holds after some prompts, and who owns the cache's bytes."""
     with readable_errors():
-        loaded, tokenizer = load(model, None, device)
+        loaded, tokenizer = load_model(model, None, device)
         wrapped = specdec.wrap(loaded)
         total = specdec.GenerationStats()
         for prompt in prompts:
-            inputs = encode(tokenizer, prompt, raw).to(loaded.device)
+            inputs = encode(tokenizer, prompt, raw=raw).to(loaded.device)
             output: Any = wrapped.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
@@ -213,7 +212,9 @@ def debug_cache(
 def verify_lossless_command(
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "Once upon a time",
     model: Annotated[str, typer.Option(help="A name, a folder or a hub id.")] = models.DEFAULT,
-    drafter: DrafterOption = "ngram",
+    drafter: Annotated[
+        str, typer.Option(help="ngram, none, or a smaller model (name, folder or hub id).")
+    ] = "ngram",
     tree: Annotated[
         str | None, typer.Option(help="Nodes, or for a model a shape: chain:5, 4,2,1.")
     ] = None,
@@ -230,7 +231,7 @@ def verify_lossless_command(
 ) -> None:
     """Tests whether a drafter with a rule samples from the model's own distribution."""
     with readable_errors():
-        loaded, tokenizer = load(model, dtype, device)
+        loaded, tokenizer = load_model(model, dtype, device)
         chosen, nodes = make_drafter(drafter, tree, loaded.device, loaded.dtype)
         wrapped = specdec.wrap(loaded, chosen, rule=rule, nodes=nodes)
         ids = encode(tokenizer, prompt, raw=True)["input_ids"].to(loaded.device)
@@ -252,11 +253,6 @@ def verify_lossless_command(
             raise typer.Exit(1)
 
 
-def print_json(value: object) -> None:
-    """Prints JSON that a program reads: one line, nothing else on standard output."""
-    typer.echo(json.dumps(value))
-
-
 @app.command()
 def demo(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
@@ -264,7 +260,7 @@ def demo(
 ) -> None:
     """Fetches a small chat model and shows what token trees do for it."""
     with readable_errors():
-        loaded, tokenizer = load(models.DEFAULT, "float32", device)
+        loaded, tokenizer = load_model(models.DEFAULT, "float32", device)
         out.print(f"Model: SmolLM2-135M-Instruct, float32, on {loaded.device}.")
 
         cost = measure_step(Target(loaded))
@@ -283,7 +279,7 @@ def demo(
         text = prompt.messages[0]["content"]
         out.rule("prompt")
         out.print(text, markup=False, highlight=False)
-        inputs = encode(tokenizer, text, raw=False).to(loaded.device)
+        inputs = encode(tokenizer, prompt.messages).to(loaded.device)
         wrapped = specdec.wrap(loaded, NGram(), nodes=nodes)
         comparison = compare(wrapped, **inputs, max_new_tokens=max_new_tokens, do_sample=False)
         out.rule("answer")
@@ -357,7 +353,7 @@ def bench_attention(
         from specdec.eval.attention import peers as arms
 
         wanted = arms.named(peers.split(",") if peers else arms.DEFAULT)
-        kind = named_dtype(dtype)
+        kind = parse_dtype(dtype)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 

@@ -23,14 +23,10 @@ from specdec.cli_options import (
     TopKOption,
     TopPOption,
     TreeOption,
-    encode,
-    err,
-    load,
-    make_drafter,
-    out,
-    readable_errors,
     sampling,
 )
+from specdec.console import err, out, readable_errors
+from specdec.eval.loading import encode, load_model, make_drafter
 from specdec.eval.report.page import render
 from specdec.eval.trace import record
 
@@ -59,14 +55,14 @@ def trace(
         if file.suffix not in (".html", ".json"):
             raise ValueError(f"--out: expected a name that ends in .html or .json, got {file}")
         text = sys.stdin.read() if prompt == "-" else prompt
-        loaded, tokenizer = load(model, dtype, device)
+        loaded, tokenizer = load_model(model, dtype, device)
         chosen, nodes = make_drafter(drafter, tree, loaded.device, loaded.dtype)
         wrapped = specdec.wrap(loaded, chosen, rule=rule, nodes=nodes)
         recorded = record(
             wrapped,
             tokenizer,
             about={"model": model, "drafter": drafter if tree is None else f"{drafter} {tree}"},
-            **encode(tokenizer, text, raw).to(loaded.device),
+            **encode(tokenizer, text, raw=raw).to(loaded.device),
             **sampling(temperature, top_k, top_p),
             max_new_tokens=max_new_tokens,
             seed=seed,

@@ -28,8 +28,6 @@ LAW = {
 # The command line sits on top of everything; wrap.py looks up, but not while it is imported.
 ALSO_ANYWHERE = {
     "specdec/cli.py": {"drafters", "eval"},
-    "specdec/cli_options.py": {"drafters"},
-    "specdec/cli_report.py": {"eval"},
     "specdec/cli_trace.py": {"eval"},
 }
 ALSO_IN_FUNCTIONS = {"specdec/wrap.py": {"drafters"}}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import specdec
+from specdec.eval.example import example_run
+from specdec.eval.records import Lossless
 from specdec.eval.report import write_report
 from specdec.eval.report.page import markdown, render
 from specdec.eval.report.results import OVERALL, Arm, Estimate, Notice, Results
-from specdec.eval.report.rows import load, results
+from specdec.eval.report.rows import results
 from specdec.eval.report.tables import tables
 from specdec.eval.trace import Trace, record
 from specdec.testing import tiny_model
@@ -54,7 +56,7 @@ def arm(name: str, speedup: float | None) -> Arm:
         by_rank={1: (20, 12), 2: (20, 3)} if drafts else {},
         over={"transformers": Estimate(3.0, 2.5, 3.5)},
         by_class={"words": (30, 12), "code": (10, 0)} if drafts else {},
-        seconds={"draft": 0.1, "forward": 0.8, "other": 0.1},
+        seconds={"draft": 0.1, "forward": 0.8, "host": 0.1},
     )
 
 
@@ -112,68 +114,48 @@ def _plotly() -> str:
     return str(get_plotlyjs())
 
 
-def write_run(folder: Path, **changes: Any) -> None:
-    """A made-up run: a drafter that is twice as fast on code and no faster on chat."""
-    arms = [{"name": "plain"}, {"name": "tree", "family": "trees", "nodes": 8}]
-    about = {"title": "A run", "arms": arms, "baseline": "plain", "synthetic": True}
-    (folder / "run.json").write_text(json.dumps(about | changes))
-    rows = []
-    for prompt in range(12):
-        category, tokens = ("code", 30 + prompt) if prompt % 2 else ("chat", 10 + prompt)
-        for name, steps in ("plain", tokens), ("tree", tokens // 2):
-            forward = tokens / 20 if category == "code" and name == "tree" else tokens / 10
-            seconds = {"prefill": 5.0, "forward": forward, "draft": 0.0, "total": 5 + forward}
-            drafted = 0 if name == "plain" else 7 * steps
-            rows.append(
-                {"arm": name, "prompt": f"p{prompt}", "category": category, "tokens": tokens,
-                 "steps": steps, "drafted": drafted, "accepted": tokens - steps,
-                 "seconds": seconds, "reached": {"1": steps}, "accepted_at": {"1": steps // 2}}
-            )  # fmt: skip
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def test_a_run_becomes_ratios_of_sums_with_intervals_and_says_what_it_is(tmp_path: Path) -> None:
-    write_run(tmp_path)
-    found = results(*load(tmp_path))
-    plain, tree = found.arms
-    code, chat = sum(range(31, 42, 2)), sum(range(10, 21, 2))
+def test_a_run_becomes_its_metrics_and_says_what_it_is(tmp_path: Path) -> None:
+    folder = example_run(tmp_path, prompts=6, repetitions=1)
+    run, rows = folder.run(), folder.rows()
+    found = results(run, rows)
+    arms = {arm.name: arm for arm in found.arms}
+    tree = arms["ngram 16"]
+    own = [row for row in rows if row.configuration == "ngram 16"]
+    plain = [row for row in rows if row.configuration == "plain"]
+    speeds = [
+        sum(r.decode_tokens for r in of) / sum(r.decode_seconds for r in of) for of in (own, plain)
+    ]
     speedup = tree.speedup[OVERALL]
-    assert plain.speedup == {}
-    assert speedup.value == pytest.approx((code + chat) / (code / 2 + chat))
+    assert speedup.value == pytest.approx(speeds[0] / speeds[1])
     assert speedup.low is not None
     assert speedup.high is not None
-    assert 1 < speedup.low < speedup.value < speedup.high < 2
-    code_alone = tree.speedup["code"]
-    assert [code_alone.low, code_alone.value, code_alone.high] == pytest.approx([2.0] * 3)
-    assert tree.tokens_per_second["chat"].value == pytest.approx(10.0), "without the prefill"
-    counts = [*range(10, 21, 2), *range(31, 42, 2)]
-    assert tree.by_depth[1] == (tree.steps, sum(n // 2 // 2 for n in counts))
-    assert [notice.kind for notice in found.notices] == ["warn", "warn", "plain"]
-    assert found.notices[1].text == "Not checked for losslessness: tree."
-    for verdict, kind in (True, "good"), (False, "bad"):
-        write_run(tmp_path, lossless={"tree": verdict}, synthetic=False)
-        assert [notice.kind for notice in results(*load(tmp_path)).notices] == [kind, "plain"]
+    assert speedup.low < speedup.value < speedup.high
+    assert arms["plain"].speedup == {}
+    assert set(tree.over) == {"hf-eager"}
+    assert list(tree.speedup) == [OVERALL, "writing", "code", "extraction"]
+    assert tree.by_rank[1][0] == sum(row.offered_by_rank[0] for row in own)
+    assert (tree.family, arms["ngram chain:8"].family) == ("ngram", "ngram, chain")
+    assert found.notices[-2].text.startswith("Lossless: all 54 outputs")
+
+    few = results(run, [row for row in rows if row.prompt.endswith(("-0", "-1"))])
+    assert few.arms[-1].speedup["code"].low is None, "too few prompts for an interval"
+    odd = replace(own[0], lossless=Lossless(equal=False))
+    broken = results(run, [odd, *(row for row in rows if row.key != odd.key)])
+    assert broken.notices[-2].text.endswith("differ from plain decoding (1 of ngram 16).")
+    failed = replace(own[0], error="OutOfPages: too small")
+    text = " ".join(results(run, [failed, *rows[1:]]).notices[-1].points)
+    assert "Failed: 1 generations, of ngram 16; the first said 'OutOfPages: too small'" in text
 
 
 def test_a_report_is_written_beside_its_run(tmp_path: Path, trace: Trace) -> None:
     with pytest.raises(ValueError, match=r"expected run.json with rows.jsonl, or traces"):
         write_report(tmp_path)
-    write_run(tmp_path)
+    example_run(tmp_path)
     trace.save(tmp_path / "traces" / "one.json")
-    names = sorted(file.name for file in write_report(tmp_path))
-    assert names == [
-        *(f"report-{name}.csv" for name in ("categories", "configurations", "depths", "time")),
-        "report.html",
-        "report.md",
-    ]
-    assert "Synthetic" in (tmp_path / "report.html").read_text()
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(rows.read_text() + '{"arm": "other"}\n')
-    with pytest.raises(ValueError, match=r"rows.jsonl:25: .*missing 7 required"):
-        write_report(tmp_path)
-    write_run(tmp_path, baseline="nobody")
-    with pytest.raises(ValueError, match="the baseline 'nobody' is not among its arms"):
-        write_report(tmp_path)
+    names = ("categories", "classes", "configurations", "depths", "ranks", "time")
+    written = sorted(file.name for file in write_report(tmp_path))
+    assert written == [*(f"report-{name}.csv" for name in names), "report.html", "report.md"]
+    assert "hf-eager" in (tmp_path / "report.md").read_text()
 
 
 # ---- In a browser

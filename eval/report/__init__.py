@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from specdec.eval.records import RunFolder
 from specdec.eval.report.page import markdown, render
 from specdec.eval.report.tables import tables
 from specdec.eval.trace import Trace
@@ -14,7 +15,7 @@ def write_report(folder: Path, title: str | None = None) -> list[Path]:
 
     Args:
         folder: holds `run.json` and `rows.jsonl`, or `traces/*.json`, or both.
-        title: of the page; by default the run's.
+        title: of the page; by default what it is.
 
     Returns:
         The files written.
@@ -26,13 +27,13 @@ def write_report(folder: Path, title: str | None = None) -> list[Path]:
     traces = {file.stem: Trace.load(file) for file in sorted((folder / "traces").glob("*.json"))}
     files: dict[str, str] = {}
     shown, name = None, "Traces"
-    if (folder / "run.json").exists():
+    source = RunFolder(folder)
+    if source.exists:
         try:
-            from specdec.eval.report.rows import load, results
+            from specdec.eval.report.rows import results
         except ImportError as error:
             raise ImportError("reports need scipy: pip install 'specdec-toolkit[eval]'") from error
-        run, rows = load(folder)
-        shown, name = results(run, rows), run.title
+        shown, name = results(source.run(), source.rows()), "Evaluation"
     elif not traces:
         raise ValueError(f"{folder}: expected run.json with rows.jsonl, or traces/*.json")
     name = title or name

@@ -48,7 +48,7 @@ class Arm:
     over: Mapping[str, Estimate] = field(default_factory=dict)
     """Overall speed-up over further baselines, by their names."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """By phase, and the rest as `other`."""
+    """By phase, and the rest as `host`."""
 
     @property
     def wasted(self) -> float | None:

@@ -198,7 +198,7 @@ def _time(results: Results) -> Table:
         for arm in results.arms
         if (each := milliseconds_per_token(arm, phases))
     ]
-    note = "Milliseconds per emitted token. `other` is the host's share that no phase covers."
+    note = "Milliseconds per emitted token. `host` is what no phase covers."
     columns = _columns("Configuration", [*phases, "all"])
     return Table("time", "time", "Where time goes", note, columns, rows)
 
@@ -206,7 +206,7 @@ def _time(results: Results) -> Table:
 def phases_of(arms: Sequence[Arm]) -> list[str]:
     """The phases that any arm spent time in, in the order of a step."""
     return [
-        name for name in (*PHASES, "other") if any(arm.seconds.get(name, 0.0) > 0 for arm in arms)
+        name for name in (*PHASES, "host") if any(arm.seconds.get(name, 0.0) > 0 for arm in arms)
     ]
 
 

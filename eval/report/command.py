@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from specdec.cli_options import out, readable_errors
+from specdec.console import out, readable_errors
 from specdec.eval.report import write_report
 
 
