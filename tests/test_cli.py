@@ -104,7 +104,7 @@ def test_debug_cache_draws_the_prefix_tree(tmp_path: Path) -> None:
     ("args", "message"),
     [
         (["--tree", "many"], "--tree: expected a number of nodes, chain:5 or 4,2,1, got 'many'"),
-        (["--tree", "chain:4"], "--tree: ngram takes a number of nodes"),
+        (["--tree", "4,2"], "--tree: ngram takes a number of nodes or chain:5, got '4,2'"),
         (["--rule", "hope"], "rule: expected auto"),
         (["--dtype", "float99"], "dtype: expected a torch dtype"),
     ],
