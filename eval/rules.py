@@ -28,8 +28,8 @@ import specdec
 from specdec import models
 from specdec.batch import TreeBatch
 from specdec.drafters import DraftModel
-from specdec.eval.lossless import provenance
 from specdec.eval.prompts import builtin_prompts
+from specdec.eval.provenance import provenance
 from specdec.rules import (
     RULES,
     MultiRound,
@@ -221,7 +221,7 @@ def main(
                 )
                 if json_file is not None:
                     record = {
-                        "provenance": provenance(loaded, "specdec.eval.rules"),
+                        "provenance": provenance(loaded.device, loaded.dtype),
                         "bits": bits,
                         "new": new,
                         "prompts": prompts,
