@@ -1,92 +1,104 @@
-"""Thresholds for continuous integration: a run fails when a metric falls below one.
+"""Thresholds for continuous integration: a run that falls below them fails.
 
-    ["ngram 8"]
-    tokens_per_step = 1.2
-    acceptance_rate = 0.1
-    lossless = true
+    [[threshold]]
+    metric = "tokens_per_step"    # any of specdec.eval.metrics.METRICS
+    min = 1.5                     # or max
+    configuration = "ngram 8"     # all but the baselines if left out
+    category = "code"             # all prompts together if left out
 
-A table for each configuration, by name; keys are metrics of `specdec.eval.metrics`, and `lossless`.
-For metrics where less is better, the value is the most that passes.
+Whatever the thresholds are, a row that differs from the plain loop where it must not, or that ended
+with an error, fails the run too.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from specdec.eval.metrics import METRICS, summarize
+from specdec.eval.metrics import METRICS, categories, summarize, verdict
 from specdec.eval.records import Row, Run
-
-Thresholds = Mapping[str, Mapping[str, float | bool]]
-LOSSLESS = "lossless"
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """One threshold and what the run has."""
+class Threshold:
+    """A bound for one metric."""
 
-    configuration: str
     metric: str
-    wanted: float | bool
-    found: str
-    passed: bool
+    min: float | None = None
+    max: float | None = None
+    configuration: str | None = None
+    category: str | None = None
 
-    def __rich__(self) -> str:
-        word = "[green]passed[/]" if self.passed else "[bold red]failed[/]"
-        return f"{word}  {self.configuration}: {self.metric} {self.found}, expected {self.wanted}"
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {self.metric!r}")
+        if self.min is None and self.max is None:
+            raise ValueError(f"threshold for {self.metric}: expected min or max, got neither")
 
 
-def load_thresholds(file: Path) -> Thresholds:
-    """What a file asks for.
+def load_thresholds(file: Path) -> list[Threshold]:
+    """Those of a TOML file.
 
     Raises:
-        ValueError: it cannot be read, or names something that is not a metric.
+        ValueError: it cannot be read, or sets nothing, or something unknown.
     """
     try:
-        data = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        data: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
+        items = data.pop("threshold", [])
+        if data or not items:
+            raise ValueError(f"expected [[threshold]] tables only, got {sorted(data) or 'none'}")
+        return [Threshold(**item) for item in items]
+    except (OSError, tomllib.TOMLDecodeError, TypeError, ValueError) as error:
         raise ValueError(f"--check: {file}: {error}") from None
-    if not data:
-        raise ValueError(f"--check: {file}: expected a table for at least one configuration")
-    for name, wanted in data.items():
-        if not isinstance(wanted, dict) or not wanted:
-            raise ValueError(f"--check: {file}: expected a table of thresholds for {name!r}")
-        for metric, value in wanted.items():
-            kinds = (bool,) if metric == LOSSLESS else (int, float)
-            if metric not in (LOSSLESS, *METRICS) or type(value) not in kinds:
-                raise ValueError(
-                    f"--check: {file}: {name}: expected lossless = true or a number for one of "
-                    f"{', '.join(METRICS)}, got {metric} = {value!r}"
-                )
-    return data
 
 
-def check(run: Run, rows: Sequence[Row], thresholds: Thresholds) -> list[Verdict]:
-    """Every threshold against the run; what could not be measured fails.
+def failures(run: Run, rows: Sequence[Row], thresholds: Sequence[Threshold]) -> list[str]:
+    """What a run fails, a sentence each.
 
     Raises:
-        ValueError: a configuration is not in the run.
+        ValueError: a threshold is about a configuration or category that the run does not have.
     """
+    found = []
     names = [c.name for c in run.configurations]
-    verdicts = []
-    for name, wanted in thresholds.items():
-        if name not in names:
-            raise ValueError(f"--check: expected one of {', '.join(names)}, got {name!r}")
-        summary = summarize(run, rows, run.configuration(name))
-        for metric, value in wanted.items():
-            if metric == LOSSLESS:
-                counts = summary.lossless
-                good = counts["equal"] + counts["near-tie"]
-                passed = not value or (good == len(summary.rows) > 0)
-                found = f"for {good} of {len(summary.rows)} outputs"
-            else:
-                measured = summary.measures.get(metric)
-                found = "not measured" if measured is None else f"{measured}"
-                higher = METRICS[metric].better == "higher"
-                passed = measured is not None and (
-                    measured.value >= value if higher else measured.value <= value
+    for threshold in thresholds:
+        if threshold.configuration not in (None, *names):
+            raise ValueError(
+                f"--check: the run has {', '.join(names)}, not {threshold.configuration!r}"
+            )
+        if threshold.category not in (None, *categories(rows)):
+            raise ValueError(
+                f"--check: the run has {', '.join(categories(rows))}, not {threshold.category!r}"
+            )
+        for configuration in run.configurations:
+            if threshold.configuration is None:
+                if configuration.is_plain or configuration.is_transformers:
+                    continue
+            elif configuration.name != threshold.configuration:
+                continue
+            summary = summarize(run, rows, configuration, threshold.category)
+            where = f"{configuration.name}, {threshold.category or 'all prompts'}"
+            measured = summary.measures.get(threshold.metric)
+            if measured is None:
+                found.append(f"{where}: {threshold.metric} could not be measured")
+            elif threshold.min is not None and measured.value < threshold.min:
+                found.append(
+                    f"{where}: {threshold.metric} is {measured}, expected at least {threshold.min}"
                 )
-            verdicts.append(Verdict(name, metric, value, found, passed))
-    return verdicts
+            elif threshold.max is not None and measured.value > threshold.max:
+                found.append(
+                    f"{where}: {threshold.metric} is {measured}, expected at most {threshold.max}"
+                )
+    ours = {c.name for c in run.configurations if not c.is_transformers}
+    for row in rows:
+        if row.error is not None:
+            found.append(f"{row.configuration}, prompt {row.prompt}: {row.error}")
+        elif row.configuration in ours and verdict(row) == "different":
+            assert row.lossless is not None
+            found.append(
+                f"{row.configuration}, prompt {row.prompt}: differs from the plain loop at new "
+                f"token {row.lossless.first_difference}"
+            )
+    return found

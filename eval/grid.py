@@ -25,7 +25,7 @@ plain loop is added for every target and temperature: there is always something 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
@@ -137,7 +137,7 @@ class Grid:
         grid, extra = data.pop("grid", {}), data.pop("configuration", [])
         suites = data.pop("suites", None)
         _check_keys(f"{file}", data, Settings)
-        _check_keys(f"{file} [grid]", grid, Grid, frozenset({"settings", "suites", "extra"}))
+        _check_keys(f"{file} [grid]", grid, Grid, {"settings", "suites", "extra"})
         made = cls(settings=Settings(**data), extra=tuple(extra))
         lists: dict[str, Any] = {
             name: _tuple(f"{file} {name}", value) for name, value in grid.items()
@@ -158,7 +158,7 @@ def _tuple(where: str, value: object) -> tuple[Any, ...]:
 
 
 def _check_keys(
-    where: str, data: Mapping[str, Any], kind: type, hidden: frozenset[str] = frozenset()
+    where: str, data: Mapping[str, Any], kind: type, hidden: Set[str] = frozenset()
 ) -> None:
     known = {f.name for f in fields(kind)} - hidden
     if unknown := sorted(data.keys() - known):

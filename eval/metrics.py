@@ -173,13 +173,12 @@ def measure(metric: Metric, rows: Iterable[Row], baseline: Iterable[Row] = ()) -
     sums = sums_by_prompt(metric, rows, baseline)
     if not sums:
         return None
-    found = measure_table(np.array(list(sums.values())).T)
-    return found if np.isfinite(found.value) else None
-
-
-def measure_table(table: NDArray[Any]) -> Measure:
-    """The ratio of sums over prompts and its interval; see `ratio` for the shape."""
-    return Measure(float(ratio(table)), *_interval(table), table.shape[1])
+    table = np.array(list(sums.values())).T
+    value = float(ratio(table))
+    if not np.isfinite(value):
+        return None
+    low, high = _interval(table)
+    return Measure(value, low, high, table.shape[1])
 
 
 def sums_by_prompt(
@@ -216,16 +215,11 @@ def _place(row: Row) -> tuple[str, str, int]:
 
 
 def ratio(table: NDArray[Any], axis: int = -1) -> NDArray[Any]:
-    """Ratio of sums, [2, ..., prompts] of (above, below); of two halves, the ratio of their ratios.
-
-    So a baseline's sums make four, and another run with its own baseline eight.
-    """
+    """Ratio of sums: [2, ..., prompts] of (above, below), or [4, ...] with those of a baseline."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        if len(table) == 2:
-            value: NDArray[Any] = table[0].sum(axis=axis) / table[1].sum(axis=axis)
-            return value
-        half = len(table) // 2
-        return ratio(table[:half], axis) / ratio(table[half:], axis)
+        sums = [part.sum(axis=axis) for part in table]
+        value: NDArray[Any] = sums[0] / sums[1]
+        return value if len(sums) == 2 else value / (sums[2] / sums[3])
 
 
 def _interval(table: NDArray[Any]) -> tuple[float, float]:

@@ -1,319 +1,343 @@
-"""Runs a grid over suites of prompts, row by row, and goes on where it was stopped.
+"""Runs a grid: prompt by prompt, all configurations next to each other, row by row to disk.
 
-The order is chosen for honest ratios: every prompt runs under all configurations before the next
-prompt does, forwards and backwards in turn, so that a drift of the machine meets the baseline as
-much as what is compared with it. Prompts are never reused, and every configuration warms up on the
-longest one first.
+Order: for each target, suite, prompt and repetition all configurations run one after the other, in
+opposite order every other time (A B, B A), so that a drift of the machine hits all alike. Rows of
+one prompt and repetition are written together, when the plain loop has said what is right. What a
+killed run has written is not run again.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import datetime
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from specdec.eval.grid import Grid, Settings
-from specdec.eval.loading import encode, parse_dtype, parse_topology
-from specdec.eval.lossless import NEAR_TIE
-from specdec.eval.processes import Processes
+from specdec.console import err
+from specdec.eval.arms import WARM_UP_TOKENS, Arm, Generation, Lab, seed_of
+from specdec.eval.grid import Grid
+from specdec.eval.judging import judge, log_likelihood
+from specdec.eval.loading import encode, load_model, node_budget
+from specdec.eval.observe import token_classes
 from specdec.eval.prompts import Prompt
 from specdec.eval.provenance import provenance
-from specdec.eval.records import Configuration, Key, Lossless, Row, Run, RunFolder
+from specdec.eval.records import Configuration, Key, Lossless, Row, RowWriter, Run, RunFolder
 from specdec.eval.suites import Suite, load_suites
-from specdec.eval.ways import Generated, Subject, Way
 
-Progress = Callable[[str, int, int], None]
-"""Is told what runs, how many rows are done and how many there will be."""
+SAME_TO_RESUME = ("device", "torch", "transformers", "specdec", "commit", "dtype")
+"""Parts of the provenance that must not change within a run."""
 
-
-@dataclass(frozen=True)
-class Group:
-    """A prompt and a repetition: what all configurations of a target run back to back."""
-
-    suite: Suite
-    prompt: Prompt
-    repetition: int
-    backwards: bool
-
-    def key(self, configuration: Configuration) -> Key:
-        return (configuration.name, self.suite.name, self.prompt.id, self.repetition)
-
-    def seed(self, seed: int) -> int:
-        """The same for all configurations."""
-        text = f"{seed} {self.suite.name} {self.prompt.id} {self.repetition}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
+FOLLOWS_PLAIN = ("sample-and-match",)
+"""Rules under which a sampled text with the same seed is that of the plain loop."""
 
 
-def evaluate(grid: Grid, folder: RunFolder, progress: Progress = lambda *_: None) -> None:
-    """Runs what of a grid the folder does not have yet.
+def run_grid(grid: Grid, folder: RunFolder) -> list[Row]:
+    """Runs what is missing of a grid and returns all rows.
 
-    Under `accelerate launch` every process takes its share of the prompts, and the first one puts
-    the rows together at the end.
-
-    Args:
-        grid: what to run.
-        folder: where to; made if it is not there.
-        progress: is told how far this process is.
+    Under `accelerate launch` every process takes its share of the prompts; only the first one
+    returns rows, the others an empty list.
 
     Raises:
-        ValueError: the folder holds a run of another grid or other prompts, a process is writing
-            to it, or something in the grid cannot be made.
+        ValueError: something in the grid cannot be run, or the folder has another run.
     """
-    processes = Processes.current(grid.settings.device)
+    state = PartialState()
     suites = load_suites(grid.suites, grid.settings.limit)
-    device = processes.device
-    kind = grid.settings.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    run = Run(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        settings=grid.to_dict()["settings"],
-        grid={name: value for name, value in grid.to_dict().items() if name != "settings"},
-        configurations=tuple(_sized(c, device) for c in grid.configurations()),
-        suites=tuple(suite.to_dict() for suite in suites),
-        provenance={
-            **provenance(device, parse_dtype(kind)),
-            "processes": processes.count,
-        },
-    )
-    folder.path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.path / f".lock-{processes.index}")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"{folder.path}: another process is writing to this folder") from None
-    try:
-        if processes.first:
-            _begin(folder, run)
-        processes.wait()
-        groups = list(_groups(suites, grid.settings.repetitions, processes))
-        _fill(run, grid.settings, folder, groups, processes, progress)
-        processes.wait()
-        if processes.first and len(folder.row_files()) > 1:
-            folder.merge(folder.rows())
-        processes.wait()
-    finally:
-        lock.release()
+    configurations = grid.configurations()
+    targets = list(dict.fromkeys(c.target for c in configurations))
+    device = grid.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":
+        device = str(state.device)  # a GPU for each process
+    configurations = [_sized(c, device) for c in configurations]
+    session: Session | None = None
+    for target in targets:
+        lab, texts = _lab(target, grid, suites, device)
+        if session is None:
+            session = Session.begin(grid, folder, suites, configurations, lab.model, state)
+        chosen = [c for c in configurations if c.target == target]
+        session.run_target(chosen, {c.name: lab.arm(c) for c in chosen}, lab, texts)
+        del lab, texts  # before the next target takes their memory
+    assert session is not None
+    return session.finish(configurations)
 
 
-def _sized(configuration: Configuration, device: torch.device) -> Configuration:
-    """With the node budget that follows from its tree."""
-    tree = configuration.tree
+def _sized(configuration: Configuration, device: str) -> Configuration:
+    """With its node budget: that of its tree, or the default of `specdec.wrap`."""
     if configuration.is_transformers:
         return configuration
     if configuration.is_plain:
         return replace(configuration, nodes=1)
-    if tree is None:
-        return replace(configuration, nodes=8 if device.type == "cpu" else 32)
-    return replace(
-        configuration, nodes=int(tree) if tree.isdecimal() else len(parse_topology(tree))
-    )
+    default = 8 if device == "cpu" else 32
+    nodes = default if configuration.tree is None else node_budget(configuration.tree)
+    return replace(configuration, nodes=nodes)
 
 
-def _begin(folder: RunFolder, run: Run) -> None:
-    """Writes what is to run, or notes that the run there goes on."""
+def _lab(
+    target: str, grid: Grid, suites: Sequence[Suite], device: str
+) -> tuple[Lab, dict[tuple[str, str], Tensor]]:
+    """A target, and its [1, L] token ids of every prompt, by suite and id."""
+    model, tokenizer = load_model(target, grid.settings.dtype, device)
+    texts: dict[tuple[str, str], Tensor] = {
+        (suite.name, prompt.id): encode(tokenizer, prompt.messages)["input_ids"].to(device)
+        for suite in suites
+        for prompt in suite.prompts
+    }
+    width = max(ids.shape[1] for ids in texts.values())
+    return Lab(model, tokenizer, grid.settings, width + grid.settings.max_new_tokens), texts
+
+
+@dataclass
+class Session:
+    """A run that goes on: what is there already, and where new rows go."""
+
+    grid: Grid
+    folder: RunFolder
+    suites: Sequence[Suite]
+    state: PartialState
+    done: dict[Key, Row]
+    writer: RowWriter
+
+    @classmethod
+    def begin(
+        cls,
+        grid: Grid,
+        folder: RunFolder,
+        suites: Sequence[Suite],
+        configurations: Sequence[Configuration],
+        model: Any,
+        state: PartialState,
+    ) -> Session:
+        """Writes `run.json`, or checks that what is there is the same run."""
+        problem: list[str | None] = [None]
+        if state.is_main_process:
+            try:
+                _announce(grid, folder, suites, configurations, model)
+            except ValueError as error:
+                problem = [str(error)]
+        broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise ValueError(problem[0])
+        shared: list[list[Row]] = [folder.rows() if state.is_main_process else []]
+        broadcast_object_list(shared)
+        # A machine with a disk of its own has rows that the first process does not see.
+        rows = {row.key: row for row in [*folder.rows(), *shared[0]]}
+        process = state.process_index if state.num_processes > 1 else None
+        return cls(grid, folder, suites, state, rows, folder.open_rows(process))
+
+    def run_target(
+        self,
+        configurations: Sequence[Configuration],
+        arms: dict[str, Arm],
+        lab: Lab,
+        texts: dict[tuple[str, str], Tensor],
+    ) -> None:
+        """Runs everything of one target that is missing, this process's share of the prompts."""
+        places = [(suite, prompt) for suite in self.suites for prompt in suite.prompts]
+        share = list(enumerate(places))[self.state.process_index :: self.state.num_processes]
+        missing = [
+            (number, suite, prompt, repetition)
+            for number, (suite, prompt) in share
+            for repetition in range(self.grid.settings.repetitions)
+            if any(
+                (c.name, suite.name, prompt.id, repetition) not in self.done for c in configurations
+            )
+        ]
+        if not missing:
+            return
+        first = texts[missing[0][1].name, missing[0][2].id]
+        for arm in arms.values():
+            with suppress(Exception):  # whatever it is, the rows will say
+                arm.generate(first, WARM_UP_TOKENS, 0)
+        with self._progress(len(missing), configurations[0].target) as advance:
+            for number, suite, prompt, repetition in missing:
+                ids = texts[suite.name, prompt.id]
+                group = Group(lab, suite, prompt, repetition, self.grid.settings.seed, ids)
+                order = list(configurations)
+                if (number + repetition) % 2:
+                    order.reverse()
+                for row in group.rows(order, arms, self.done, self.grid.settings.max_new_tokens):
+                    self.writer.append(row)
+                    self.done[row.key] = row
+                advance()
+
+    @contextmanager
+    def _progress(self, count: int, target: str) -> Iterator[Any]:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(
+            *columns,
+            TimeRemainingColumn(),
+            console=err,
+            disable=not self.state.is_main_process,
+        ) as progress:
+            task = progress.add_task(target, total=count)
+            yield lambda: progress.advance(task)
+
+    def finish(self, configurations: Sequence[Configuration]) -> list[Row]:
+        """Gathers the rows of all processes in `rows.jsonl`, in the order of the grid."""
+        self.writer.__exit__()
+        rows = gather_object(list(self.done.values()))
+        self.state.wait_for_everyone()
+        if not self.state.is_main_process:
+            return []
+        place = {c.name: number for number, c in enumerate(configurations)}
+        prompts = {
+            (suite.name, prompt.id): number
+            for number, (suite, prompt) in enumerate(
+                (suite, prompt) for suite in self.suites for prompt in suite.prompts
+            )
+        }
+        unique = {row.key: row for row in rows}
+        ordered = sorted(
+            unique.values(),
+            key=lambda row: (
+                prompts[row.suite, row.prompt],
+                row.repetition,
+                place[row.configuration],
+            ),
+        )
+        self.folder.merge(ordered)
+        return ordered
+
+
+def _announce(
+    grid: Grid,
+    folder: RunFolder,
+    suites: Sequence[Suite],
+    configurations: Sequence[Configuration],
+    model: Any,
+) -> None:
+    here = provenance(model.device, model.dtype)
+    found = tuple(suite.to_dict() for suite in suites)
     if not folder.exists:
         if folder.row_files():
-            raise ValueError(f"{folder.path}: has rows but no run.json; choose another --out")
-        folder.write_run(run)
+            raise ValueError(f"{folder.path}: there are rows here, but no run.json")
+        settings = grid.to_dict()["settings"]
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        folder.write_run(
+            Run(now, settings, grid.to_dict(), tuple(configurations), found, provenance=here)
+        )
         return
-    old = folder.run()
-    for name in ("settings", "grid", "configurations", "suites"):
-        before, now = _plain(getattr(old, name)), _plain(getattr(run, name))
-        if before != now:
-            raise ValueError(
-                f"{folder.path}: holds a run with other {name}; choose another --out or the same "
-                f"{name} to go on with it. There: {before}; here: {now}"
-            )
-    done = {row.key for row in folder.rows()}
-    if len(done) < total_rows(old):
-        folder.write_run(replace(old, resumed=(*old.resumed, run.provenance)))
-
-
-def _plain(value: Any) -> Any:
-    """As it is once it has been to JSON and back."""
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return value
-
-
-def total_rows(run: Run) -> int:
-    """How many rows a run has when it is done."""
-    prompts = sum(int(suite["prompts"]) for suite in run.suites)
-    return prompts * int(run.settings["repetitions"]) * len(run.configurations)
-
-
-def _groups(suites: Sequence[Suite], repetitions: int, processes: Processes) -> Iterator[Group]:
-    prompts = [(suite, prompt) for suite in suites for prompt in suite.prompts]
-    for repetition in range(repetitions):
-        for number, (suite, prompt) in enumerate(processes.share(prompts)):
-            yield Group(suite, prompt, repetition, backwards=(repetition + number) % 2 == 1)
-
-
-def _fill(
-    run: Run,
-    settings: Settings,
-    folder: RunFolder,
-    groups: Sequence[Group],
-    processes: Processes,
-    progress: Progress,
-) -> None:
-    """Runs every configuration of every group that there is no row of."""
-    rows = {row.key: row for row in folder.rows()}
-    wanted = len(groups) * len(run.configurations)
-    done = sum(group.key(c) in rows for group in groups for c in run.configurations)
-    with folder.open_rows(processes.index if processes.count > 1 else None) as writer:
-        for target in dict.fromkeys(c.target for c in run.configurations):
-            own = [c for c in run.configurations if c.target == target]
-            missing = [g for g in groups if any(g.key(c) not in rows for c in own)]
-            if not missing:
-                continue
-            progress(f"loading {target}", done, wanted)
-            bench = _Bench.of(target, own, settings, str(processes.device))
-            for c in own:
-                progress(f"warming up {c.name}", done, wanted)
-                bench.warm_up(c, [group.prompt for group in missing])
-            for group in missing:
-                progress(f"{group.suite.name} {group.prompt.id}", done, wanted)
-                for row in bench.rows(run, group, rows):
-                    writer.append(row)
-                    rows[row.key] = row
-                    done += 1
-        progress("done", done, wanted)
+    before = folder.run()
+    if Grid.from_dict(before.grid) != grid:
+        raise ValueError(
+            f"{folder.path}: another grid was begun here; resume it with --out alone, or choose "
+            "another folder"
+        )
+    if [dict(suite) for suite in before.suites] != list(found):
+        raise ValueError(f"{folder.path}: the prompts of its suites have changed since it began")
+    changed = [
+        f"{name} was {before.provenance.get(name)} and is {here[name]}"
+        for name in SAME_TO_RESUME
+        if before.provenance.get(name) != here[name]
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder.path}: rows of one run must be made alike, but {'; '.join(changed)}"
+        )
+    folder.write_run(replace(before, resumed=(*before.resumed, here)))
 
 
 @dataclass(frozen=True)
-class _Bench:
-    """A target with all that runs on it."""
+class Group:
+    """All configurations on one prompt, once."""
 
-    subject: Subject
-    ways: Mapping[str, Way]
-    settings: Settings
+    lab: Lab
+    suite: Suite
+    prompt: Prompt
+    repetition: int
+    base_seed: int
+    ids: Tensor
 
-    @classmethod
-    def of(
-        cls, target: str, own: Sequence[Configuration], settings: Settings, device: str
-    ) -> _Bench:
-        subject = Subject.load(
-            target,
-            dtype=settings.dtype,
-            device=device,
-            capture=settings.capture,
-            max_new=settings.max_new_tokens,
-        )
-        return cls(subject, {c.name: subject.way(c) for c in own}, settings)
+    def rows(
+        self,
+        order: Sequence[Configuration],
+        arms: dict[str, Arm],
+        done: dict[Key, Row],
+        new: int,
+    ) -> list[Row]:
+        """Those that are missing, judged against the plain loop."""
+        missing = [c for c in order if self._key(c) not in done]
+        made = [(c, self._run(c, arms[c.name], new)) for c in missing]
+        known = [done[self._key(c)] for c in order if self._key(c) in done]
+        plain = {
+            c.temperature: row
+            for c, row in [*made, *((c, r) for c in order for r in known if r.key == self._key(c))]
+            if c.is_plain
+        }
+        return [replace(row, **self._judged(c, row, plain[c.temperature])) for c, row in made]
 
-    def warm_up(self, configuration: Configuration, prompts: Sequence[Prompt]) -> None:
-        """Once on the longest prompt there is room for, so that nothing grows in a timed run."""
-        inputs = [self._encode(prompt) for prompt in prompts]
-        room = getattr(self.subject.model.config, "max_position_embeddings", None)
-        fits = [
-            each
-            for each in inputs
-            if room is None or each["input_ids"].shape[1] + self.settings.max_new_tokens <= room
-        ]
-        if fits:
-            longest = max(fits, key=lambda each: each["input_ids"].shape[1])
-            self.ways[configuration.name](longest, 0, watch=False)
+    def _key(self, configuration: Configuration) -> Key:
+        return (configuration.name, self.suite.name, self.prompt.id, self.repetition)
 
-    def rows(self, run: Run, group: Group, known: Mapping[Key, Row]) -> list[Row]:
-        """The rows of a group that are not known, compared with the plain loop's."""
-        own = [c for c in run.configurations if c.name in self.ways]
-        order = own[::-1] if group.backwards else own
-        inputs = self._encode(group.prompt)
-        made: dict[str, tuple[Row, bool]] = {}
-        for c in order:
-            if group.key(c) not in known:
-                made[c.name] = self._row(c, group, inputs)
-        rows = []
-        for c in own:
-            if c.name in made:
-                row, follows = made[c.name]
-                plain = run.plain_of(c)
-                reference = made[plain.name][0] if plain.name in made else known[group.key(plain)]
-                if follows and not c.is_plain and row.error is None and reference.error is None:
-                    row = replace(row, lossless=self._compare(row, reference, inputs, c))
-                rows.append(row)
-        return rows
-
-    def _encode(self, prompt: Prompt) -> dict[str, Tensor]:
-        encoded = encode(self.subject.tokenizer, prompt.messages).to(self.subject.device)
-        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
-
-    def _row(
-        self, configuration: Configuration, group: Group, inputs: dict[str, Tensor]
-    ) -> tuple[Row, bool]:
-        seed = group.seed(self.settings.seed)
-        error = None
+    def _run(self, configuration: Configuration, arm: Arm, new: int) -> Row:
+        seed = seed_of(self.base_seed, self.suite.name, self.prompt.id, self.repetition)
+        about: dict[str, Any] = {
+            "configuration": configuration.name,
+            "suite": self.suite.name,
+            "prompt": self.prompt.id,
+            "category": self.prompt.category,
+            "repetition": self.repetition,
+            "seed": seed,
+            "prompt_tokens": self.ids.shape[1],
+        }
         try:
-            got = self.ways[configuration.name](inputs, seed, watch=group.repetition == 0)
-        except (ValueError, RuntimeError, NotImplementedError) as raised:
-            got = Generated([], 0, 0, {"total": 0.0}, follows=False)
-            error = f"{type(raised).__name__}: {raised}"
-        row = Row(
-            configuration=configuration.name,
-            suite=group.suite.name,
-            prompt=group.prompt.id,
-            category=group.prompt.category,
-            repetition=group.repetition,
-            seed=seed,
-            prompt_tokens=inputs["input_ids"].shape[1],
-            new_tokens=len(got.tokens),
-            decode_tokens=got.decode_tokens,
-            steps=got.steps,
-            seconds=got.seconds,
-            decode_seconds=got.seconds["total"] - got.seconds.get("prefill", 0.0),
-            tokens=got.tokens,
-            error=error,
-            **got.counts,
-        )
-        if configuration.temperature > 0 and error is None:
-            row = replace(row, log_likelihood=self._log_likelihood(row, inputs, configuration))
-        return row, got.follows
+            made = arm.generate(self.ids, new, seed)
+        except Exception as error:  # a drafter of a user's, or no memory: the others go on
+            empty: dict[str, Any] = {"new_tokens": 0, "decode_tokens": 0, "steps": 0, "seconds": {}}
+            return Row(
+                **about, **empty, decode_seconds=0.0, error=f"{type(error).__name__}: {error}"
+            )
+        return Row(**about, **self._counts(made))
 
-    @torch.no_grad()
-    def _log_likelihood(
-        self, row: Row, inputs: dict[str, Tensor], configuration: Configuration
-    ) -> float:
-        prompt = inputs["input_ids"]
-        new = torch.tensor(row.tokens, device=prompt.device)
-        text = torch.cat([prompt[0], new])[None]
-        keep = torch.arange(prompt.shape[1] - 1, text.shape[1] - 1, device=prompt.device)
-        logits = self.subject.model(text, logits_to_keep=keep).logits[0].float()
-        chances = (logits / configuration.temperature).log_softmax(-1)
-        return float(chances.gather(1, new[:, None]).sum())
+    def _counts(self, made: Generation) -> dict[str, Any]:
+        classes = token_classes(self.lab.tokenizer, made.tokens)
+        counts: dict[str, Any] = {
+            "new_tokens": len(made.tokens),
+            "decode_tokens": len(made.tokens) - made.first,
+            "steps": made.steps,
+            "seconds": made.seconds,
+            "decode_seconds": made.seconds["total"] - made.prefill,
+            "tokens": made.tokens,
+            "emitted_by_class": _count(classes),
+        }
+        if made.stats is None or made.counts is None:
+            return counts
+        stats, seen = made.stats, made.counts
+        accepted = [classes[place] for place in sorted(seen.drafted_places)]
+        return counts | {
+            "drafted": stats.drafted,
+            "accepted": stats.accepted,
+            "reached_by_depth": dict(sorted(stats.reached.items())),
+            "accepted_by_depth": dict(sorted(stats.accepted_at.items())),
+            "offered_by_rank": dict(sorted(seen.offered.items())),
+            "accepted_by_rank": dict(sorted(seen.accepted.items())),
+            "accepted_by_class": _count(accepted),
+            "tree_sizes": dict(sorted(seen.tree_sizes.items())),
+            "paths": dict(stats.paths),
+            "observed": made.observed,
+        }
 
-    @torch.no_grad()
-    def _compare(
-        self, row: Row, plain: Row, inputs: dict[str, Tensor], configuration: Configuration
-    ) -> Lossless:
-        """Whether a row has the plain loop's tokens; if not, whether rounding may have decided."""
-        if row.tokens == plain.tokens:
-            return Lossless(equal=True)
-        pairs = enumerate(zip(row.tokens, plain.tokens, strict=False))
-        shorter = min(len(row.tokens), len(plain.tokens))
-        first = next((place for place, (a, b) in pairs if a != b), shorter)
+    def _judged(self, configuration: Configuration, row: Row, plain: Row) -> dict[str, Any]:
+        """The fields that need the plain loop's answer, or the model."""
+        if row.error is not None:
+            return {}
+        model, verdict, likely = self.lab.model, None, None
+        comparable = plain.error is None and not configuration.is_plain
         if configuration.temperature > 0:
-            return Lossless(equal=False, first_difference=first)
-        prompt = inputs["input_ids"]
-        new = torch.tensor(plain.tokens[:first], dtype=prompt.dtype, device=prompt.device)
-        text = torch.cat([prompt[0], new])[None]
-        logits = self.subject.model(text, logits_to_keep=1).logits[0, -1]
-        best, second = (float(value) for value in logits.float().topk(2).values)
-        return Lossless(
-            equal=False,
-            first_difference=first,
-            gap=best - second,
-            near_tie=best - second <= near_tie(logits.dtype, best),
-        )
+            likely = log_likelihood(model, self.ids, row.tokens, configuration.temperature)
+            comparable &= configuration.rule in FOLLOWS_PLAIN and not configuration.is_transformers
+        if comparable and configuration.temperature > 0:
+            verdict = Lossless(equal=row.tokens == plain.tokens)
+        elif comparable:
+            verdict = judge(model, self.ids, row.tokens, plain.tokens)
+        return {"lossless": verdict, "log_likelihood": likely}
 
 
-def near_tie(dtype: torch.dtype, best: float) -> float:
-    """How close two logits may be for rounding to decide between them."""
-    return max(NEAR_TIE, 4 * torch.finfo(dtype).eps * abs(best))
+def _count(classes: Sequence[str]) -> dict[str, int]:
+    return {name: classes.count(name) for name in dict.fromkeys(classes)}

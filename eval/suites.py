@@ -62,7 +62,7 @@ SOURCES: dict[str, Source] = {
         lambda record: f"Summarize this article.\n\n{record['article']}",
     ),
 }
-"""Spec-Bench is `question.jsonl` of its repository (Xia et al., arXiv 2401.07851)."""
+"""Spec-Bench (arXiv 2401.07851) is the file `data/spec_bench/question.jsonl` of its repository."""
 
 IDS = ("id", "question_id", "task_id", "prompt_id")
 
