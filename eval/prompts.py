@@ -3,6 +3,7 @@
 They make `specdec demo` and a first comparison possible without any data set. How often an answer
 repeats its prompt decides how much prompt lookup gains, so both kinds are here on purpose: free
 writing repeats nothing, extraction, rewriting, code edits and questions on a passage repeat a lot.
+They are short and long, from one line to a page.
 """
 
 import json
