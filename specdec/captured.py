@@ -27,7 +27,7 @@ from specdec.verify import DeviceChoice
 
 if TYPE_CHECKING:
     from specdec.load import Lane
-    from specdec.request import Policy
+    from specdec.request import Policy, Request
     from specdec.target import Target
 
 ROOM = 256
@@ -390,8 +390,14 @@ class CapturedLane:
             self._texts.load(lane)
             self._texts.owner = self
             self._launch()
-        self._launch()
+        if any(self._left(request) > len(self._flights) for request in self.lane.requests):
+            self._launch()
         return self._read()
+
+    @staticmethod
+    def _left(request: Request) -> int:
+        """Steps that a request needs at least one token from, as far as is known."""
+        return 0 if request.over else request.max_length - len(request.tokens)
 
     def land(self) -> None:
         """Reads what is in flight, and leaves the device to others."""

@@ -27,8 +27,10 @@ from specdec.target import Target
 from specdec.transfer import upload
 from specdec.verify import Noise
 
-STEP_TOKENS = 2048
-"""Enough rows to keep a GPU busy with a prompt; more would let those that decode wait for long."""
+STEP_TOKENS = 512
+"""Rows of a pass beside trees: enough to keep a GPU busy, and nobody waits long for the next."""
+ALONE_TOKENS = 2048
+"""Rows of a pass without trees."""
 
 
 class Engine:
@@ -41,7 +43,7 @@ class Engine:
         target: the model and its cache.
         policy: of requests that bring none.
         step_tokens: rows of one pass, at most, if the trees alone are not more; prompts get what
-            trees leave, and never less than a page.
+            trees leave, and never less than a page. By default 512, and 2,048 without trees.
         prefix_cache: use what was computed for one request for others that begin like it.
         max_running: requests that run at once; None for as many as there is room for.
     """
@@ -51,11 +53,12 @@ class Engine:
         target: Target,
         policy: Policy,
         *,
-        step_tokens: int = STEP_TOKENS,
+        step_tokens: int | None = None,
         prefix_cache: bool = True,
         max_running: int | None = None,
     ) -> None:
-        check_count("step_tokens", step_tokens)
+        if step_tokens is not None:
+            check_count("step_tokens", step_tokens)
         if max_running is not None:
             check_count("max_running", max_running)
         self.target = target
@@ -301,7 +304,8 @@ class Engine:
         while True:
             lanes = self._current_lanes()
             trees = sum(lane.policy.nodes * len(lane.requests) for lane in lanes)
-            pieces = scheduler.pieces(max(self.step_tokens - trees, cache.pool.page_size))
+            most = self.step_tokens or (STEP_TOKENS if lanes else ALONE_TOKENS)
+            pieces = scheduler.pieces(max(most - trees, cache.pool.page_size))
             sequences = [number for lane in lanes for number in lane.sequences]
             rows = [  # one that ends with its next token needs no drafts
                 lane.policy.nodes if len(request.tokens) + 1 < request.max_length else 1

@@ -20,7 +20,7 @@ from specdec.attention import Backend
 from specdec.branching import Branch, check_branches, check_weights, grow
 from specdec.cache import TreeKVCache
 from specdec.drafting import Drafter
-from specdec.engine import STEP_TOKENS, Engine
+from specdec.engine import Engine
 from specdec.generation import (
     Call,
     SpeculativeOutput,
@@ -327,12 +327,13 @@ class SpeculativeModel:
         )
 
     def engine(
-        self, *, step_tokens: int = STEP_TOKENS, max_running: int | None = None
+        self, *, step_tokens: int | None = None, max_running: int | None = None
     ) -> ServingEngine:
         """Continuous batching: requests are submitted one by one and share every pass.
 
         Args:
-            step_tokens: rows of one pass, at most, if the trees alone are not more.
+            step_tokens: rows of one pass, at most, if the trees alone are not more; by default 512,
+                and 2,048 for passes that hold nothing but prompts.
             max_running: requests that run at once; None for as many as there is room for.
         """
         return ServingEngine(

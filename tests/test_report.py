@@ -135,6 +135,7 @@ def test_a_run_becomes_its_metrics_and_says_what_it_is(tmp_path: Path) -> None:
     assert list(tree.speedup) == [OVERALL, "writing", "code", "extraction"]
     assert tree.by_rank[1][0] == sum(row.offered_by_rank[0] for row in own)
     assert (tree.family, arms["ngram chain:8"].family) == ("ngram", "ngram, chain")
+    assert found.notices[0].text.startswith("Synthetic")
     assert found.notices[-2].text.startswith("Lossless: all 54 outputs")
 
     few = results(run, [row for row in rows if row.prompt.endswith(("-0", "-1"))])

@@ -178,10 +178,11 @@ def _acceptance(
 
 
 def _by_size(results: Results) -> Figure | None:
-    families = dict.fromkeys(arm.family for arm in results.arms if OVERALL in arm.speedup)
+    drafting = [arm for arm in results.arms if arm.drafted and OVERALL in arm.speedup]
+    families = dict.fromkeys(arm.family for arm in drafting)
     traces = []
     for index, family in enumerate(families):
-        arms = [arm for arm in results.arms if arm.family == family and OVERALL in arm.speedup]
+        arms = [arm for arm in drafting if arm.family == family]
         arms.sort(key=lambda arm: arm.nodes)
         found = [arm.speedup[OVERALL] for arm in arms]
         traces.append(
@@ -197,7 +198,7 @@ def _by_size(results: Results) -> Figure | None:
                 hovertemplate="%{customdata}: %{y:.3f}<extra></extra>",
             )
         )
-    sizes = sorted({arm.nodes for arm in results.arms if OVERALL in arm.speedup})
+    sizes = sorted({arm.nodes for arm in drafting})
     if len(sizes) < 2:
         return None
     layout = _layout(x="Nodes of the tree, its root included", y="Speed-up")
