@@ -171,6 +171,50 @@ def compare(
         )
 
 
+@app.command()
+def simulate(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    tree: Annotated[
+        list[str], typer.Option(help="Nodes (16), chain:5, or for a model 4,2,1. Repeatable.")
+    ],
+    drafter: Annotated[
+        str, typer.Option(help="ngram, file.py:Name, or a draft model that the run has.")
+    ] = "ngram",
+    target: Annotated[str | None, typer.Option(help="Of several in the run.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of several in the run.")] = None,
+    fit: Annotated[
+        list[str] | None,
+        typer.Option(help="Configurations to fit step times to; all by default. Repeatable."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Sequences in a pass. Repeatable.")
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="FROM:TO, such as H100:H200: scale times by data-sheet figures."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Predicts the speed of other trees, batches and GPUs from a run."""
+    with readable_errors():
+        from specdec.eval.simulate import prediction_table, simulate_run
+
+        found = simulate_run(
+            RunFolder(folder),
+            drafter,
+            tree,
+            target=target,
+            temperature=temperature,
+            fit_to=fit,
+            batches=batch or [1],
+            gpu=gpu,
+        )
+        if as_json:
+            print_json([prediction.to_dict() for prediction in found])
+        else:
+            out.print(prediction_table(found))
+
+
 def _summary(run: Run, rows: list[Row]) -> Table:
     """One line for each configuration, over all prompts."""
     from specdec.eval.metrics import summarize
