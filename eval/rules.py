@@ -28,8 +28,8 @@ import specdec
 from specdec import models
 from specdec.batch import TreeBatch
 from specdec.drafters import DraftModel
-from specdec.eval.lossless import provenance
-from specdec.eval.prompts import builtin_prompts
+from specdec.eval.provenance import provenance
+from specdec.eval.suites import BUILTIN, load_suite
 from specdec.rules import (
     RULES,
     MultiRound,
@@ -231,7 +231,7 @@ def main(
             return_tensors="pt",
             return_dict=True,
         )["input_ids"].to(device)
-        for prompt in builtin_prompts()[:prompts]
+        for prompt in load_suite(BUILTIN).limited(prompts).prompts
     ]
     rows: list[Row] = []
     for temperature in (0.6, 1.0):
@@ -242,7 +242,7 @@ def main(
                 )
                 if json_file is not None:
                     record = {
-                        "provenance": provenance(loaded, "specdec.eval.rules"),
+                        "provenance": provenance(loaded.device, loaded.dtype),
                         "bits": bits,
                         "new": new,
                         "prompts": prompts,
