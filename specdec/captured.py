@@ -27,7 +27,7 @@ from specdec.verify import DeviceChoice
 
 if TYPE_CHECKING:
     from specdec.load import Lane
-    from specdec.request import Policy
+    from specdec.request import Policy, Request
     from specdec.target import Target
 
 ROOM = 256
@@ -334,9 +334,11 @@ class StepGraphs:
 
     def _where(self) -> Hashable:
         cache = self.target.cache
-        pages = [(g.keys.data_ptr(), g.values.data_ptr()) for g in cache.pool.groups]
+        pages = [
+            (g.keys.data_ptr(), g.values.data_ptr(), g.keys.shape[1]) for g in cache.pool.groups
+        ]
         table = (cache.page_table.data_ptr(), tuple(cache.page_table.shape))
-        return id(self.target.fused), cache.lengths.data_ptr(), table, tuple(pages)
+        return self.target.fused, cache.lengths.data_ptr(), table, tuple(pages)
 
 
 @dataclass(frozen=True)
@@ -390,8 +392,14 @@ class CapturedLane:
             self._texts.load(lane)
             self._texts.owner = self
             self._launch()
-        self._launch()
+        if any(self._left(request) > len(self._flights) for request in self.lane.requests):
+            self._launch()
         return self._read()
+
+    @staticmethod
+    def _left(request: Request) -> int:
+        """Steps that a request needs at least one token from, as far as is known."""
+        return 0 if request.over else request.max_length - len(request.tokens)
 
     def land(self) -> None:
         """Reads what is in flight, and leaves the device to others."""
@@ -472,6 +480,8 @@ def grounded(target: Target, lane: Lane) -> str | None:
         return f"the rule {policy.rule.name!r} with these options is not captured"
     if policy.keep:
         return "scores or logits are kept"
+    if policy.observer is not None:
+        return "an observer looks at every step"
     if policy.drafter.on_device(1, target.device) is None:
         return f"{type(policy.drafter).__name__} drafts on the host"
     return None

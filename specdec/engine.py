@@ -17,9 +17,10 @@ from torch import Tensor
 from specdec.batch import TreeBatch
 from specdec.captured import CapturedLane, Report, grounded
 from specdec.drafting import DraftContext, Observation
+from specdec.fused import FusedModel
 from specdec.load import Judgement, Lane, Load, Verdict, read, stacked
 from specdec.pages import OutOfPages, check_count
-from specdec.request import Emission, Policy, Request, RequestError
+from specdec.request import Emission, Policy, Request, RequestError, Verified
 from specdec.sampling import Text
 from specdec.scheduler import Scheduler
 from specdec.stats import GenerationStats, Stopwatch
@@ -27,8 +28,10 @@ from specdec.target import Target
 from specdec.transfer import upload
 from specdec.verify import Noise
 
-STEP_TOKENS = 2048
-"""Enough rows to keep a GPU busy with a prompt; more would let those that decode wait for long."""
+STEP_TOKENS = 512
+"""Rows of a pass beside trees: enough to keep a GPU busy, and nobody waits long for the next."""
+ALONE_TOKENS = 2048
+"""Rows of a pass without trees."""
 
 
 class Engine:
@@ -41,7 +44,7 @@ class Engine:
         target: the model and its cache.
         policy: of requests that bring none.
         step_tokens: rows of one pass, at most, if the trees alone are not more; prompts get what
-            trees leave, and never less than a page.
+            trees leave, and never less than a page. By default 512, and 2,048 without trees.
         prefix_cache: use what was computed for one request for others that begin like it.
         max_running: requests that run at once; None for as many as there is room for.
     """
@@ -51,11 +54,12 @@ class Engine:
         target: Target,
         policy: Policy,
         *,
-        step_tokens: int = STEP_TOKENS,
+        step_tokens: int | None = None,
         prefix_cache: bool = True,
         max_running: int | None = None,
     ) -> None:
-        check_count("step_tokens", step_tokens)
+        if step_tokens is not None:
+            check_count("step_tokens", step_tokens)
         if max_running is not None:
             check_count("max_running", max_running)
         self.target = target
@@ -74,7 +78,7 @@ class Engine:
         self._lanes: list[Lane] = []
         self._lanes_of = -1  # the scheduler's changes that they were made after
         self._captured: CapturedLane | None = None
-        self._judged: Lane | None = None  # the lane that `_why` is about
+        self._judged: tuple[Lane, FusedModel | None] | None = None  # what `_why` is about
         self._why: str | None = None
 
     def add(self, request: Request) -> None:
@@ -190,9 +194,9 @@ class Engine:
     def _pass(self) -> list[Emission]:
         lanes = self._current_lanes()
         lane = lanes[0] if len(lanes) == 1 and not self.scheduler.prefilling else None
-        if self._captured is not None and self._captured.lane is not lane:
-            return self._land()
         why = self._grounded(lanes, lane)
+        if self._captured is not None and (self._captured.lane is not lane or why is not None):
+            return self._land()
         if lane is not None and why is None:
             emissions = self._fly(lane)
             if emissions is not None:
@@ -232,8 +236,9 @@ class Engine:
         """Why the next pass cannot be captured; None if it can."""
         if lane is None:
             return "prompts are computed" if self.scheduler.prefilling else "several policies"
-        if self._judged is not lane:
-            self._judged, self._why = lane, grounded(self.target, lane)
+        if self._judged != (lane, self.target.fused):
+            self._judged = lane, self.target.fused
+            self._why = grounded(self.target, lane)
         return self._why
 
     def _fly(self, lane: Lane) -> list[Emission] | None:
@@ -301,7 +306,8 @@ class Engine:
         while True:
             lanes = self._current_lanes()
             trees = sum(lane.policy.nodes * len(lane.requests) for lane in lanes)
-            pieces = scheduler.pieces(max(self.step_tokens - trees, cache.pool.page_size))
+            most = self.step_tokens or (STEP_TOKENS if lanes else ALONE_TOKENS)
+            pieces = scheduler.pieces(max(most - trees, cache.pool.page_size))
             sequences = [number for lane in lanes for number in lane.sequences]
             rows = [  # one that ends with its next token needs no drafts
                 lane.policy.nodes if len(request.tokens) + 1 < request.max_length else 1
@@ -392,7 +398,8 @@ class Engine:
             line[1:] if request.error is None else line[1:-1]
             for request, line in zip(lane.requests, verdict.tokens, strict=True)
         )
-        lane.policy.drafter.observe(Observation(lane.numbers, trees, paths, new))
+        observation = Observation(lane.numbers, trees, paths, new)
+        lane.policy.drafter.observe(observation)
         emissions = []
         for index, request in enumerate(lane.requests):
             request.cached += len(paths[index])
@@ -411,6 +418,8 @@ class Engine:
                 tokens=len(taken),
             )
             emissions.append(emission)
+        if lane.policy.observer is not None:
+            lane.policy.observer(Verified(observation, judgement.scores, emissions))
         return emissions
 
     def _check(self, policy: Policy, trees: TreeBatch, count: int) -> None:

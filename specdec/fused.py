@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from specdec.attention import AttentionPlan, Backend, tree_attention
 from specdec.hooks import AttentionCall
+from specdec.identity import modules_of
 from specdec.packing import Packed, pack, unpack
 from specdec.pages import PagePool
 from specdec.support import SWITCHING_ROPES
@@ -321,7 +322,7 @@ def _parts(model: nn.Module) -> list[tuple[int, int]]:
     """The modules that a model is made of, and how many hooks each has."""
     return [
         (id(module), len(module._forward_hooks) + len(module._forward_pre_hooks))
-        for module in model.modules()
+        for module in modules_of(model)
     ]
 
 

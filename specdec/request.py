@@ -9,7 +9,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from specdec.drafting import Drafter
+from specdec.drafting import Drafter, Observation
 from specdec.sampling import Sampler
 from specdec.tree import ProposalLaw
 from specdec.verify import AcceptanceRule
@@ -27,6 +27,7 @@ class Policy:
         law: to draft under, one for which the rule is legal.
         keep: whether emissions carry `scores` and `logits`.
         adaptive: whether captured steps may take smaller trees where these pay better.
+        observer: is told what became of every step, before the step is over.
     """
 
     drafter: Drafter
@@ -36,6 +37,7 @@ class Policy:
     law: ProposalLaw
     keep: bool = False
     adaptive: bool = True
+    observer: Callable[[Verified], object] | None = None
 
 
 @dataclass(eq=False)
@@ -132,6 +134,19 @@ class Emission:
     """[tokens, V] float32, what each token was chosen by, if the policy keeps them."""
     logits: Tensor | None = None
     """[tokens, V] float32, the same before processing."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One step of the requests of one policy: what was proposed, and what became of it."""
+
+    observation: Observation
+    """The trees, their accepted paths, and the tokens that these give."""
+    scores: Tensor
+    """[R, V], what the token after each node is chosen by: logits under the sampling options. Good
+    until the step is over."""
+    emissions: Sequence[Emission]
+    """What each request took of its tokens: not all of them where the text ended."""
 
 
 class RequestError(ValueError):

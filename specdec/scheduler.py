@@ -101,10 +101,9 @@ class Scheduler:
 
         A request that has run under other weights as well is nobody's to reuse from then on.
         """
-        if not self.prefix_cache:
-            self.target.follow()
-            return None
         weights = self.target.weights_state()
+        if not self.prefix_cache:
+            return None
         for request in self.running:
             if request.key != (request.cache_key, weights):
                 request.key = object()

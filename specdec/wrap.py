@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from specdec.attention import Backend
 from specdec.branching import Branch, check_branches, check_weights, grow
 from specdec.cache import TreeKVCache
 from specdec.drafting import Drafter
-from specdec.engine import STEP_TOKENS, Engine
+from specdec.engine import Engine
 from specdec.generation import (
     Call,
     SpeculativeOutput,
@@ -31,7 +32,7 @@ from specdec.generation import (
     stream,
 )
 from specdec.pages import check_count
-from specdec.request import Policy, Request, token_ids
+from specdec.request import Policy, Request, Verified, token_ids
 from specdec.rules import check_rule, select_rule
 from specdec.sampling import Sampler
 from specdec.serving import ServingEngine
@@ -179,6 +180,7 @@ class SpeculativeModel:
         stopping_criteria: StoppingCriteriaList | None = None,
         *,
         streamer: BaseStreamer | None = None,
+        observer: Callable[[Verified], object] | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         tokenizer: Any = None,
@@ -191,6 +193,8 @@ class SpeculativeModel:
             inputs: [B, L] prompts, padded on the left; also as `input_ids=`.
             generation_config, logits_processor, stopping_criteria: as in transformers.
             streamer: gets the prompt and then the tokens of each step; for one row.
+            observer: is called after every step with the trees, what the target made of them and
+                the accepted paths; what it raises ends the call.
             seed: of a sampled run. By default drawn from `generator`, or from torch's global
                 generator, so that `transformers.set_seed` works.
             generator: to draw the seed from.
@@ -214,7 +218,7 @@ class SpeculativeModel:
         call = self._prepare(
             inputs, generation_config, logits_processor, stopping_criteria, tokenizer, options
         )
-        return self._run(call, streamer, seed, generator, cache_key)
+        return self._run(call, streamer, seed, generator, cache_key, observer)
 
     def stream(
         self,
@@ -323,12 +327,13 @@ class SpeculativeModel:
         )
 
     def engine(
-        self, *, step_tokens: int = STEP_TOKENS, max_running: int | None = None
+        self, *, step_tokens: int | None = None, max_running: int | None = None
     ) -> ServingEngine:
         """Continuous batching: requests are submitted one by one and share every pass.
 
         Args:
-            step_tokens: rows of one pass, at most, if the trees alone are not more.
+            step_tokens: rows of one pass, at most, if the trees alone are not more; by default 512,
+                and 2,048 for passes that hold nothing but prompts.
             max_running: requests that run at once; None for as many as there is room for.
         """
         return ServingEngine(
@@ -393,8 +398,9 @@ class SpeculativeModel:
         )
         return Policy(drafter, rule, Sampler(), self.nodes, law, adaptive=self.adaptive)
 
-    def _engine(self, call: Call) -> Engine:
-        return Engine(self._driven(), self._policy(call), prefix_cache=self.prefix_cache)
+    def _engine(self, call: Call, observer: Callable[[Verified], object] | None = None) -> Engine:
+        policy = replace(self._policy(call), observer=observer)
+        return Engine(self._driven(), policy, prefix_cache=self.prefix_cache)
 
     def _run(
         self,
@@ -403,8 +409,9 @@ class SpeculativeModel:
         seed: int | None,
         generator: torch.Generator | None,
         cache_key: Hashable,
+        observer: Callable[[Verified], object] | None = None,
     ) -> Tensor | SpeculativeOutput:
-        engine = self._engine(call)
+        engine = self._engine(call, observer)
         requests = call.requests(_seed(call, seed, generator), cache_key)
         return run(call, engine, requests, streamer)
 
