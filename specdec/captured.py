@@ -483,6 +483,8 @@ def grounded(target: Target, lane: Lane) -> str | None:
         return "scores or logits are kept"
     if policy.observer is not None:
         return "an observer looks at every step"
+    if target.layers_of(policy.drafter) is not None:
+        return f"{type(policy.drafter).__name__} has layers of its own"
     if policy.drafter.on_device(1, target.device) is None:
         return f"{type(policy.drafter).__name__} drafts on the host"
     return None
