@@ -119,6 +119,11 @@ class Lossless:
     near_tie: bool = False
     """Whether the gap is so small that rounding decides; see docs/evaluation.md."""
 
+    @property
+    def verdict(self) -> str:
+        """`equal`, `near-tie` or `different`."""
+        return "equal" if self.equal else "near-tie" if self.near_tie else "different"
+
 
 @dataclass(frozen=True)
 class Row:
