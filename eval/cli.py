@@ -18,12 +18,15 @@ from rich.table import Table
 from specdec.console import err, out, print_json, readable_errors
 from specdec.eval.grid import Grid, Settings
 from specdec.eval.records import Row, Run, RunFolder
+from specdec.eval.report.command import report
 
 app = typer.Typer(
     help="Compare drafters, trees, rules and baselines on suites of prompts.",
     invoke_without_command=True,
     pretty_exceptions_show_locals=False,
 )
+
+app.command()(report)
 
 
 @app.callback()

@@ -52,7 +52,13 @@ def example_run(
             grid={},
             configurations=CONFIGURATIONS,
             suites=({"name": "example", "prompts": prompts * len(acceptance), "digest": "0" * 64},),
-            provenance={"device": "none", "commit": None, "dirty": None, "torch": "0"},
+            provenance={
+                "synthetic": True,
+                "device": "none",
+                "commit": None,
+                "dirty": None,
+                "torch": "0",
+            },
         )
     )
     with folder.open_rows() as writer:

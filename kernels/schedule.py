@@ -109,6 +109,10 @@ def _requests(
     prefix = tl.load(PREFIX_LENS + sequence).to(tl.int32)
     prefix = tl.where(row0 < end, prefix, 0)
     keys = 0
+    base = 0
+    if CAUSAL:  # to a part of a chain, what comes before it is prefix, too
+        base = tl.load(NODES + row0, mask=row0 < end, other=0).to(tl.int32)
+        prefix += base
     if not CAUSAL:
         for word in range(W):
             seen = tl.zeros([BLOCK], tl.int32)
@@ -120,6 +124,7 @@ def _requests(
         rows = first + tl.arange(0, BLOCK)
         mine = rows < end
         nodes = tl.load(NODES + rows, mask=mine, other=-1).to(tl.int32)
+        nodes = tl.where(mine, nodes - base, -1)
         keys = tl.maximum(keys, tl.max(nodes, 0) + 1)
         if CAUSAL:
             depths = nodes
@@ -440,6 +445,7 @@ def build(
 
     Args:
         row_starts: rows of request b are `row_starts[b]:row_starts[b + 1]`, all of one sequence.
+            A causal chain may be cut into several requests, parts of nodes that follow each other.
             Sharing is found between neighbours, so requests with a common prefix should be.
         max_places: an upper bound of the keys behind all prefixes together.
         max_prefix: an upper bound of the prefix lengths; only cuts at equal spans need it.

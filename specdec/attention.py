@@ -50,6 +50,7 @@ class AttentionPlan:
     max_places: int  # keys behind all prefixes together, at most
     max_prefix: int  # of one sequence, at most
     shared: bool  # whether prefixes may share pages
+    chain_starts: Tensor | None = None  # like `row_starts`, with long chains in parts
     _on_device: dict[torch.device, AttentionPlan] = field(init=False, default_factory=dict)
     _dense: list[sdpa.DenseGroup] = field(init=False, default_factory=list)
     _schedules: dict[tuple[object, ...], Schedule] = field(init=False, default_factory=dict)
@@ -71,6 +72,7 @@ class AttentionPlan:
                 page_table=self.page_table.to(device),
                 prefix_lens=self.prefix_lens.to(device),
                 row_starts=self.row_starts.to(device),
+                chain_starts=None if self.chain_starts is None else self.chain_starts.to(device),
                 sequence=self.sequence.to(device),
                 nodes=self.nodes.to(device),
                 ancestors=None if self.ancestors is None else self.ancestors.to(device),
@@ -113,7 +115,7 @@ class AttentionPlan:
                 self.page_table,
                 self.prefix_lens,
                 self.page_size,
-                self.row_starts,
+                self.row_starts if self.chain_starts is None else self.chain_starts,
                 self.sequence,
                 self.nodes,
                 self.ancestors,

@@ -27,7 +27,7 @@ from specdec.verify import DeviceChoice
 
 if TYPE_CHECKING:
     from specdec.load import Lane
-    from specdec.request import Policy
+    from specdec.request import Policy, Request
     from specdec.target import Target
 
 ROOM = 256
@@ -129,8 +129,9 @@ class Step:
             lengths=texts.lengths,
             tokens=zeros(rows),
             parents=zeros(rows, dtype=torch.int32),
-            counts=zeros(count, dtype=torch.int32),
+            counts=zeros(count, dtype=torch.int32) + 1,
         )
+        self.trees.parents.view(count, nodes)[:, 0] = -1
         self.nodes = torch.arange(nodes, device=device).repeat(count)
         self.row_starts = torch.arange(count + 1, dtype=torch.int32, device=device) * nodes
         self.row_sequences, self.depths = zeros(rows), zeros(rows)
@@ -285,6 +286,11 @@ class StepGraphs:
             self._graphs[key] = Graph(step, policy)
         return self._graphs[key]
 
+    @property
+    def captured(self) -> list[Graph]:
+        """The steps that are captured now."""
+        return [graph for graph in self._graphs.values() if graph.graph is not None]
+
     def budget(self, policy: Policy) -> NodeBudget:
         """How large trees have paid so far with a drafter."""
         key = (id(policy.drafter), policy.nodes, policy.adaptive)
@@ -329,9 +335,11 @@ class StepGraphs:
 
     def _where(self) -> Hashable:
         cache = self.target.cache
-        pages = [(g.keys.data_ptr(), g.values.data_ptr()) for g in cache.pool.groups]
+        pages = [
+            (g.keys.data_ptr(), g.values.data_ptr(), g.keys.shape[1]) for g in cache.pool.groups
+        ]
         table = (cache.page_table.data_ptr(), tuple(cache.page_table.shape))
-        return id(self.target.fused), cache.lengths.data_ptr(), table, tuple(pages)
+        return self.target.fused, cache.lengths.data_ptr(), table, tuple(pages)
 
 
 @dataclass(frozen=True)
@@ -358,6 +366,9 @@ class CapturedLane:
         self._flights: deque[Flight] = deque()
         self._landed: deque[list[Report]] = deque()
         self._texts: Texts | None = None
+        self._last: torch.cuda.Event | None = None  # when the step that was read last was over
+        self.gap = 0.0
+        """Seconds before the step read last in which the device had nothing to do."""
         pages = [graphs.target.cache.pages_of(sequence)[:1] for sequence in lane.sequences]
         first = [page for (page,) in filter(None, pages)]
         self._shared = len(set(first)) < len(first)
@@ -382,8 +393,14 @@ class CapturedLane:
             self._texts.load(lane)
             self._texts.owner = self
             self._launch()
-        self._launch()
+        if any(self._left(request) > len(self._flights) for request in self.lane.requests):
+            self._launch()
         return self._read()
+
+    @staticmethod
+    def _left(request: Request) -> int:
+        """Steps that a request needs at least one token from, as far as is known."""
+        return 0 if request.over else request.max_length - len(request.tokens)
 
     def land(self) -> None:
         """Reads what is in flight, and leaves the device to others."""
@@ -420,10 +437,14 @@ class CapturedLane:
 
     def _read(self) -> list[Report]:
         flight = self._flights.popleft()
+        self.gap = 0.0
         if flight.done is not None:
             flight.done.synchronize()
             if flight.begun is not None:
                 flight.graph.timed(flight.begun.elapsed_time(flight.done) / 1000)
+                if self._last is not None:
+                    self.gap = self._last.elapsed_time(flight.begun) / 1000
+            self._last = flight.done
         step = flight.graph.step
         reports = step.read(flight.numbers.tolist())[: len(self.lane.requests)]
         flight.lease.settle([len(report.tokens) for report in reports])
@@ -460,6 +481,8 @@ def grounded(target: Target, lane: Lane) -> str | None:
         return f"the rule {policy.rule.name!r} with these options is not captured"
     if policy.keep:
         return "scores or logits are kept"
+    if policy.observer is not None:
+        return "an observer looks at every step"
     if policy.drafter.on_device(1, target.device) is None:
         return f"{type(policy.drafter).__name__} drafts on the host"
     return None

@@ -17,12 +17,29 @@ from transformers import TextStreamer
 
 import specdec
 from specdec import models, picture
+from specdec.cli_options import (
+    DeviceOption,
+    DrafterOption,
+    DtypeOption,
+    ModelOption,
+    RawOption,
+    RuleOption,
+    SeedOption,
+    TemperatureOption,
+    TokensOption,
+    TopKOption,
+    TopPOption,
+    TreeOption,
+    sampling,
+)
+from specdec.cli_trace import trace
 from specdec.console import err, out, print_json, readable_errors
 from specdec.drafters import NGram
 from specdec.eval.attention import cases, report
 from specdec.eval.cli import app as eval_app
 from specdec.eval.compare import compare
 from specdec.eval.cost import measure_step
+from specdec.eval.generate.command import bench_generate
 from specdec.eval.loading import encode, load_model, make_drafter, parse_dtype
 from specdec.eval.prompts import DEMO_PROMPT, builtin_prompts
 from specdec.eval.verify_lossless import verify_lossless
@@ -36,9 +53,11 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="Models that come with a name.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
-bench_app = typer.Typer(help="Measurements of the parts, on a GPU.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measurements on a GPU.", no_args_is_help=True)
+bench_app.command("generate")(bench_generate)
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
+app.command()(trace)
 
 debug_app = typer.Typer(help="A look inside.", no_args_is_help=True)
 app.add_typer(debug_app, name="debug")
@@ -47,28 +66,18 @@ app.add_typer(debug_app, name="debug")
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
-    model: Annotated[
-        str, typer.Option(help="A name from `specdec models list`, a folder or a hub id.")
-    ] = models.DEFAULT,
-    drafter: Annotated[
-        str, typer.Option(help="ngram, none, or a smaller model (name, folder or hub id).")
-    ] = "ngram",
-    tree: Annotated[
-        str | None, typer.Option(help="Nodes (16) or, for a model, a shape: chain:5, 4,2,1.")
-    ] = None,
-    rule: Annotated[
-        str, typer.Option(help="auto, traversal, block, ...; see docs/verification.md.")
-    ] = "auto",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="0 for no limit.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Of a sampled run.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32 on a CPU, bfloat16 elsewhere by default.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    model: ModelOption = models.DEFAULT,
+    drafter: DrafterOption = "ngram",
+    tree: TreeOption = None,
+    rule: RuleOption = "auto",
+    max_new_tokens: TokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = None,
+    raw: RawOption = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
     compare_: Annotated[
         bool, typer.Option("--compare", help="Run without drafts too and show both.")
     ] = False,
@@ -82,15 +91,7 @@ def generate(
         wrapped = specdec.wrap(loaded, chosen, rule=rule, nodes=nodes)
         inputs = encode(tokenizer, text, raw=raw).to(loaded.device)
         options: dict[str, Any] = {**inputs, "max_new_tokens": max_new_tokens, "seed": seed}
-        if temperature > 0:
-            options |= {
-                "do_sample": True,
-                "temperature": temperature,
-                "top_k": top_k,
-                "top_p": top_p,
-            }
-        else:
-            options["do_sample"] = False
+        options |= sampling(temperature, top_k, top_p)
         width = inputs["input_ids"].shape[1]
         if compare_:
             comparison = compare(wrapped, **options)

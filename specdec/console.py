@@ -14,7 +14,9 @@ from specdec.pages import OutOfPages
 
 out, err = Console(), Console(stderr=True)
 
-EXPECTED_ERRORS = (ValueError, NotImplementedError, OSError, OutOfPages, models.FetchError)
+EXPECTED_ERRORS = (
+    ValueError, NotImplementedError, ImportError, OSError, OutOfPages, models.FetchError
+)  # fmt: skip
 
 
 @contextmanager

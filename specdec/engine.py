@@ -17,9 +17,11 @@ from torch import Tensor
 from specdec.batch import TreeBatch
 from specdec.captured import CapturedLane, Report, grounded
 from specdec.drafting import DraftContext, Observation
-from specdec.load import Judgement, Lane, Load, Verdict, read, stacked
+from specdec.fused import FusedModel
+from specdec.judge import Judgement, judge
+from specdec.load import Lane, Load, Verdict, read, stacked
 from specdec.pages import OutOfPages, check_count
-from specdec.request import Emission, Policy, Request, RequestError
+from specdec.request import Emission, Policy, Request, RequestError, Verified
 from specdec.sampling import Text
 from specdec.scheduler import Scheduler
 from specdec.stats import GenerationStats, Stopwatch
@@ -27,8 +29,10 @@ from specdec.target import Target
 from specdec.transfer import upload
 from specdec.verify import Noise
 
-STEP_TOKENS = 2048
-"""Enough rows to keep a GPU busy with a prompt; more would let those that decode wait for long."""
+STEP_TOKENS = 512
+"""Rows of a pass beside trees: enough to keep a GPU busy, and nobody waits long for the next."""
+ALONE_TOKENS = 2048
+"""Rows of a pass without trees."""
 
 
 class Engine:
@@ -41,7 +45,7 @@ class Engine:
         target: the model and its cache.
         policy: of requests that bring none.
         step_tokens: rows of one pass, at most, if the trees alone are not more; prompts get what
-            trees leave, and never less than a page.
+            trees leave, and never less than a page. By default 512, and 2,048 without trees.
         prefix_cache: use what was computed for one request for others that begin like it.
         max_running: requests that run at once; None for as many as there is room for.
     """
@@ -51,11 +55,12 @@ class Engine:
         target: Target,
         policy: Policy,
         *,
-        step_tokens: int = STEP_TOKENS,
+        step_tokens: int | None = None,
         prefix_cache: bool = True,
         max_running: int | None = None,
     ) -> None:
-        check_count("step_tokens", step_tokens)
+        if step_tokens is not None:
+            check_count("step_tokens", step_tokens)
         if max_running is not None:
             check_count("max_running", max_running)
         self.target = target
@@ -74,7 +79,7 @@ class Engine:
         self._lanes: list[Lane] = []
         self._lanes_of = -1  # the scheduler's changes that they were made after
         self._captured: CapturedLane | None = None
-        self._judged: Lane | None = None  # the lane that `_why` is about
+        self._judged: tuple[Lane, FusedModel | None] | None = None  # what `_why` is about
         self._why: str | None = None
 
     def add(self, request: Request) -> None:
@@ -190,9 +195,9 @@ class Engine:
     def _pass(self) -> list[Emission]:
         lanes = self._current_lanes()
         lane = lanes[0] if len(lanes) == 1 and not self.scheduler.prefilling else None
-        if self._captured is not None and self._captured.lane is not lane:
-            return self._land()
         why = self._grounded(lanes, lane)
+        if self._captured is not None and (self._captured.lane is not lane or why is not None):
+            return self._land()
         if lane is not None and why is None:
             emissions = self._fly(lane)
             if emissions is not None:
@@ -205,7 +210,7 @@ class Engine:
         try:
             with self._watch.phase("draft"):
                 proposals = [self._propose(lane) for lane in lanes]
-            load = Load(lanes, proposals, pieces)
+            load = Load(lanes, proposals, pieces, self.target.device)
             leased = self.target.cache.speculate(load.sequences, load.rows)
         except OutOfPages as error:  # of a drafter's own cache, or trees deeper than was asked for
             self._begin_again(lanes, error)
@@ -215,6 +220,7 @@ class Engine:
             plan = load.plan(lease)
             with self._watch.phase("forward" if lanes else "prefill"):
                 logits = self.target.forward(load.tokens(plan.slots.device), plan, keep=load.keep)
+            load.score_prompts(logits)
             with self._watch.phase("accept"):
                 judged = self._verify(load, logits, starts)
             with self._watch.phase("commit"):
@@ -232,8 +238,9 @@ class Engine:
         """Why the next pass cannot be captured; None if it can."""
         if lane is None:
             return "prompts are computed" if self.scheduler.prefilling else "several policies"
-        if self._judged is not lane:
-            self._judged, self._why = lane, grounded(self.target, lane)
+        if self._judged != (lane, self.target.fused):
+            self._judged = lane, self.target.fused
+            self._why = grounded(self.target, lane)
         return self._why
 
     def _fly(self, lane: Lane) -> list[Emission] | None:
@@ -246,6 +253,7 @@ class Engine:
         except OutOfPages:
             return self._land() or None
         self.stats.paths["captured"] += 1
+        self._watch.add("gap", self._captured.gap)
         emissions = self._report(lane, reports)
         if any(e.request.finished and e.request.heir is not None for e in emissions):
             self._captured.land()  # whoever inherits the sequence finds it settled
@@ -287,10 +295,9 @@ class Engine:
             here, roots = logits[row:][: len(trees.tokens)], starts[line:][: len(lane.requests)]
             policy = lane.policy
             texts = [Text((*r.padding, *r.tokens), r.row) for r in lane.requests]
-            scores = policy.sampler.scores(here, trees, texts)
-            target = policy.sampler.probs(scores) if policy.rule.samples else scores
-            outcome = policy.rule.verify(trees, target, Noise(lane.seeds, roots + 1))
-            judged.append(Judgement(outcome, scores, here, policy.rule.samples))
+            noise = Noise(lane.seeds, roots + 1)
+            keep = policy.keep or policy.observer is not None
+            judged.append(judge(policy.rule, policy.sampler, here, trees, texts, noise, keep=keep))
             row, line = row + len(here), line + len(roots)
         return judged
 
@@ -300,7 +307,8 @@ class Engine:
         while True:
             lanes = self._current_lanes()
             trees = sum(lane.policy.nodes * len(lane.requests) for lane in lanes)
-            pieces = scheduler.pieces(max(self.step_tokens - trees, cache.pool.page_size))
+            most = self.step_tokens or (STEP_TOKENS if lanes else ALONE_TOKENS)
+            pieces = scheduler.pieces(max(most - trees, cache.pool.page_size))
             sequences = [number for lane in lanes for number in lane.sequences]
             rows = [  # one that ends with its next token needs no drafts
                 lane.policy.nodes if len(request.tokens) + 1 < request.max_length else 1
@@ -391,7 +399,8 @@ class Engine:
             line[1:] if request.error is None else line[1:-1]
             for request, line in zip(lane.requests, verdict.tokens, strict=True)
         )
-        lane.policy.drafter.observe(Observation(lane.numbers, trees, paths, new))
+        observation = Observation(lane.numbers, trees, paths, new)
+        lane.policy.drafter.observe(observation)
         emissions = []
         for index, request in enumerate(lane.requests):
             request.cached += len(paths[index])
@@ -410,6 +419,8 @@ class Engine:
                 tokens=len(taken),
             )
             emissions.append(emission)
+        if lane.policy.observer is not None:
+            lane.policy.observer(Verified(observation, judgement.scores, emissions))
         return emissions
 
     def _check(self, policy: Policy, trees: TreeBatch, count: int) -> None:

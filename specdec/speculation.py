@@ -18,6 +18,9 @@ from specdec.transfer import upload
 if TYPE_CHECKING:
     from specdec.cache import TreeKVCache
 
+CHAIN = 128
+"""Rows of a chain that are attended to as one: to them, those before are prefix like any other."""
+
 NULL_SEQUENCE = 0
 """A sequence of length 0 whose every slot lies in the trash page, for rows that pad a batch."""
 
@@ -127,6 +130,13 @@ class Speculation:
         for number, count in zip(numbers, counts, strict=True):
             owner += [number] * count
             starts.append(len(owner))
+        chain_starts, longest = None, 0
+        if ancestors is None and max(counts) > CHAIN:
+            pairs = zip(starts, counts, strict=False)
+            parts = [start + row for start, count in pairs for row in range(0, count, CHAIN)]
+            longest = max(counts)
+            chain_starts = torch.tensor([*parts, starts[-1]], dtype=torch.int32)
+            chain_starts = upload(chain_starts, cache.device)
         sequence = upload(owner, cache.device)
         prefix = cache.lengths[sequence]
         positions = prefix + depths
@@ -144,10 +154,11 @@ class Speculation:
             ancestors=ancestors,
             slots=cache.slots(sequence, prefix + nodes),
             positions=positions,
-            max_rows=max(counts),
+            max_rows=max(counts) if ancestors is not None else min(CHAIN, max(counts)),
             max_places=sum(self.rows) + fill,
-            max_prefix=max(member.bound for member in self._members),
+            max_prefix=max(member.bound for member in self._members) + longest,
             shared=len({m.pages[0] for m in self._members}) < len(self._members),
+            chain_starts=chain_starts,
         )
 
     def commit(self, paths: Tensor | None = None) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from rich.table import Table
 
-PHASES = ("prefill", "draft", "forward", "accept", "commit", "captured")
+PHASES = ("prefill", "draft", "forward", "accept", "commit", "captured", "gap")
 
 
 @dataclass
@@ -189,7 +189,7 @@ class Stopwatch:
         """Time on the host's clock."""
         start = time.perf_counter()
         yield
-        self._add(name, time.perf_counter() - start)
+        self.add(name, time.perf_counter() - start)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -209,8 +209,9 @@ class Stopwatch:
         if self._events:
             torch.cuda.synchronize()
         for name, begin, end in self._events:
-            self._add(name, begin.elapsed_time(end) / 1000)
+            self.add(name, begin.elapsed_time(end) / 1000)
         self._events.clear()
 
-    def _add(self, name: str, seconds: float) -> None:
+    def add(self, name: str, seconds: float) -> None:
+        """Time that somebody else has measured."""
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds

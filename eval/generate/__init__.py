@@ -1,0 +1,1 @@
+"""End-to-end decoding speed, ours beside transformers', on one GPU."""
