@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import specdec
 from specdec import models
 from specdec.drafters import DraftModel
-from specdec.eval.lossless import provenance
 from specdec.eval.prompts import builtin_prompts
+from specdec.eval.provenance import provenance
 from specdec.testing import degraded
 from specdec.topology import Topology
 
@@ -209,7 +209,7 @@ def write(
 ) -> None:
     """The record of a run, if one is wanted."""
     if file is not None:
-        record = {"provenance": provenance(model, "specdec.eval.proofs"), **settings}
+        record = {"provenance": provenance(model.device, model.dtype), **settings}
         file.write_text(json.dumps({**record, "rows": [asdict(row) for row in rows]}, indent=1))
 
 
