@@ -402,10 +402,13 @@ def test_a_criterion_may_generate_with_the_model_whose_steps_are_in_flight(hf_mo
 
 def test_unwrapping_frees_the_cache_at_once(hf_model: Any) -> None:
     model = wrap(hf_model)
-    model.generate(texts(1), max_new_tokens=6, do_sample=False)
     cache = weakref.ref(model.cache)
     gc.disable()
     try:
+        stream = model.stream(texts(1), max_new_tokens=NEW, do_sample=False)
+        next(stream)
+        stream.close()  # with a step in flight
+        del stream
         model.unwrap()
         assert cache() is None
     finally:
