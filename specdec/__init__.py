@@ -9,7 +9,7 @@ from specdec.batch import TreeBatch
 from specdec.branching import Branch, logprobs, score
 from specdec.drafting import DraftContext, Drafter, NoDraft, Observation, SequenceDrafter
 from specdec.pages import OutOfPages
-from specdec.request import RequestError
+from specdec.request import RequestError, Verified
 from specdec.serving import Handle, ServingEngine
 from specdec.stats import GenerationStats
 from specdec.support import UnsupportedModel
@@ -37,6 +37,7 @@ __all__ = [
     "Topology",
     "TreeBatch",
     "UnsupportedModel",
+    "Verified",
     "generate",
     "logprobs",
     "models",

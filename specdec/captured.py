@@ -130,8 +130,9 @@ class Step:
             lengths=texts.lengths,
             tokens=zeros(rows),
             parents=zeros(rows, dtype=torch.int32),
-            counts=zeros(count, dtype=torch.int32),
+            counts=zeros(count, dtype=torch.int32) + 1,
         )
+        self.trees.parents.view(count, nodes)[:, 0] = -1
         self.nodes = torch.arange(nodes, device=device).repeat(count)
         self.row_starts = torch.arange(count + 1, dtype=torch.int32, device=device) * nodes
         self.row_sequences, self.depths = zeros(rows), zeros(rows)
@@ -482,6 +483,8 @@ def grounded(target: Target, lane: Lane) -> str | None:
         return f"the rule {policy.rule.name!r} with these options is not captured"
     if policy.keep:
         return "scores or logits are kept"
+    if policy.observer is not None:
+        return "an observer looks at every step"
     if policy.drafter.on_device(1, target.device) is None:
         return f"{type(policy.drafter).__name__} drafts on the host"
     return None

@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
-from transformers.utils import logging as transformers_logging
+from transformers import TextStreamer
 
 import specdec
 from specdec import models, picture
-from specdec.drafters import DRAFTERS, DraftModel, NGram
-from specdec.drafting import Drafter
+from specdec.cli_options import (
+    DeviceOption,
+    DrafterOption,
+    DtypeOption,
+    ModelOption,
+    RawOption,
+    RuleOption,
+    SeedOption,
+    TemperatureOption,
+    TokensOption,
+    TopKOption,
+    TopPOption,
+    TreeOption,
+    sampling,
+)
+from specdec.cli_trace import trace
+from specdec.console import err, out, print_json, readable_errors
+from specdec.drafters import NGram
 from specdec.eval.attention import cases, report
+from specdec.eval.cli import app as eval_app
 from specdec.eval.compare import compare
 from specdec.eval.cost import measure_step
 from specdec.eval.generate.command import bench_generate
+from specdec.eval.loading import encode, load_model, make_drafter, parse_dtype
 from specdec.eval.prompts import DEMO_PROMPT, builtin_prompts
 from specdec.eval.verify_lossless import verify_lossless
 from specdec.generation import SpeculativeOutput
-from specdec.pages import OutOfPages
 from specdec.target import Target
-from specdec.topology import Topology
 
 app = typer.Typer(
     help="Speculative decoding with token trees for Hugging Face models.",
@@ -44,132 +56,42 @@ app.add_typer(models_app, name="models")
 bench_app = typer.Typer(help="Measurements on a GPU.", no_args_is_help=True)
 bench_app.command("generate")(bench_generate)
 app.add_typer(bench_app, name="bench")
+app.add_typer(eval_app, name="eval")
+app.command()(trace)
 
 debug_app = typer.Typer(help="A look inside.", no_args_is_help=True)
 app.add_typer(debug_app, name="debug")
-
-out, err = Console(), Console(stderr=True)
-
-EXPECTED_ERRORS = (ValueError, NotImplementedError, OSError, OutOfPages, models.FetchError)
-
-
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    """Says what is wrong with the input without a traceback."""
-    try:
-        yield
-    except EXPECTED_ERRORS as error:
-        err.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        err.print(str(error), markup=False)
-        raise typer.Exit(1) from error
-
-
-def _load(name: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
-    """The model and tokenizer behind a name, folder or hub id; safetensors only."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    where = models.resolve(name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = _dtype(dtype or ("float32" if device == "cpu" else "bfloat16"))
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=kind, use_safetensors=True)
-    placed: Any = model
-    return placed.to(device).eval(), AutoTokenizer.from_pretrained(where)
-
-
-def _dtype(name: str) -> torch.dtype:
-    kind = getattr(torch, name, None)
-    if not isinstance(kind, torch.dtype):
-        raise ValueError(f"dtype: expected a torch dtype such as float32, got {name!r}")
-    return kind
-
-
-def _make_drafter(
-    drafter: str, tree: str | None, rule: str, device: torch.device, dtype: torch.dtype
-) -> tuple[Drafter, int | None]:
-    """A drafter and a node budget from `--drafter` and `--tree`."""
-    topology, nodes = None, None
-    if tree is not None and tree.isdecimal():
-        nodes = int(tree)
-    elif tree is not None:
-        topology = _parse_topology(tree)
-        nodes = len(topology)
-    if drafter in DRAFTERS:
-        if topology is not None:
-            raise ValueError(f"--tree: {drafter} takes a number of nodes, got {tree!r}")
-        return DRAFTERS[drafter](), nodes
-    small, _ = _load(drafter, str(dtype).removeprefix("torch."), str(device))
-    return DraftModel(small, topology), nodes
-
-
-def _parse_topology(text: str) -> Topology:
-    """`chain:5` or the number of children at each depth, `4,2,1`."""
-    kind, _, count = text.partition(":")
-    if kind == "chain" and count.isdecimal():
-        return Topology.chain(int(count))
-    widths = text.split(",")
-    if all(width.isdecimal() for width in widths):
-        return Topology.branching([int(width) for width in widths])
-    raise ValueError(f"--tree: expected a number of nodes, chain:5 or 4,2,1, got {text!r}")
-
-
-def _encode(tokenizer: Any, prompt: str, raw: bool) -> Any:
-    if raw or tokenizer.chat_template is None:
-        return tokenizer(prompt, return_tensors="pt")
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
 
 
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
-    model: Annotated[
-        str, typer.Option(help="A name from `specdec models list`, a folder or a hub id.")
-    ] = models.DEFAULT,
-    drafter: Annotated[
-        str, typer.Option(help="ngram, none, or a smaller model (name, folder or hub id).")
-    ] = "ngram",
-    tree: Annotated[
-        str | None, typer.Option(help="Nodes (16) or, for a model, a shape: chain:5, 4,2,1.")
-    ] = None,
-    rule: Annotated[
-        str, typer.Option(help="auto, traversal, block, ...; see docs/verification.md.")
-    ] = "auto",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="0 for no limit.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Of a sampled run.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32 on a CPU, bfloat16 elsewhere by default.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    model: ModelOption = models.DEFAULT,
+    drafter: DrafterOption = "ngram",
+    tree: TreeOption = None,
+    rule: RuleOption = "auto",
+    max_new_tokens: TokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = None,
+    raw: RawOption = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
     compare_: Annotated[
         bool, typer.Option("--compare", help="Run without drafts too and show both.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Generates text, streaming it as it is verified."""
-    with _readable_errors():
+    with readable_errors():
         text = sys.stdin.read() if prompt == "-" else prompt
-        loaded, tokenizer = _load(model, dtype, device)
-        chosen, nodes = _make_drafter(drafter, tree, rule, loaded.device, loaded.dtype)
+        loaded, tokenizer = load_model(model, dtype, device)
+        chosen, nodes = make_drafter(drafter, tree, loaded.device, loaded.dtype)
         wrapped = specdec.wrap(loaded, chosen, rule=rule, nodes=nodes)
-        inputs = _encode(tokenizer, text, raw).to(loaded.device)
+        inputs = encode(tokenizer, text, raw=raw).to(loaded.device)
         options: dict[str, Any] = {**inputs, "max_new_tokens": max_new_tokens, "seed": seed}
-        if temperature > 0:
-            options |= {
-                "do_sample": True,
-                "temperature": temperature,
-                "top_k": top_k,
-                "top_p": top_p,
-            }
-        else:
-            options["do_sample"] = False
+        options |= sampling(temperature, top_k, top_p)
         width = inputs["input_ids"].shape[1]
         if compare_:
             comparison = compare(wrapped, **options)
@@ -210,11 +132,11 @@ def chat(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
 ) -> None:
     """Talks with a model; each turn computes only what is new. An empty line ends it."""
-    with _readable_errors():
-        loaded, tokenizer = _load(model, dtype, device)
+    with readable_errors():
+        loaded, tokenizer = load_model(model, dtype, device)
         if tokenizer.chat_template is None:
             raise ValueError(f"--model: expected a chat model, {model!r} has no chat template")
-        chosen, nodes = _make_drafter(drafter, None, "auto", loaded.device, loaded.dtype)
+        chosen, nodes = make_drafter(drafter, None, loaded.device, loaded.dtype)
         wrapped = specdec.wrap(loaded, chosen, nodes=nodes)
         talk = [] if system is None else [{"role": "system", "content": system}]
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
@@ -260,12 +182,12 @@ def debug_cache(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
 ) -> None:
     """Shows what the prefix tree holds after some prompts, and who owns the cache's bytes."""
-    with _readable_errors():
-        loaded, tokenizer = _load(model, None, device)
+    with readable_errors():
+        loaded, tokenizer = load_model(model, None, device)
         wrapped = specdec.wrap(loaded)
         total = specdec.GenerationStats()
         for prompt in prompts:
-            inputs = _encode(tokenizer, prompt, raw).to(loaded.device)
+            inputs = encode(tokenizer, prompt, raw=raw).to(loaded.device)
             output: Any = wrapped.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
@@ -308,11 +230,11 @@ def verify_lossless_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Tests whether a drafter with a rule samples from the model's own distribution."""
-    with _readable_errors():
-        loaded, tokenizer = _load(model, dtype, device)
-        chosen, nodes = _make_drafter(drafter, tree, rule, loaded.device, loaded.dtype)
+    with readable_errors():
+        loaded, tokenizer = load_model(model, dtype, device)
+        chosen, nodes = make_drafter(drafter, tree, loaded.device, loaded.dtype)
         wrapped = specdec.wrap(loaded, chosen, rule=rule, nodes=nodes)
-        ids = _encode(tokenizer, prompt, raw=True)["input_ids"].to(loaded.device)
+        ids = encode(tokenizer, prompt, raw=True)["input_ids"].to(loaded.device)
         verdict = verify_lossless(
             wrapped,
             ids,
@@ -331,19 +253,14 @@ def verify_lossless_command(
             raise typer.Exit(1)
 
 
-def print_json(value: object) -> None:
-    """Prints JSON that a program reads: one line, nothing else on standard output."""
-    typer.echo(json.dumps(value))
-
-
 @app.command()
 def demo(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
 ) -> None:
     """Fetches a small chat model and shows what token trees do for it."""
-    with _readable_errors():
-        loaded, tokenizer = _load(models.DEFAULT, "float32", device)
+    with readable_errors():
+        loaded, tokenizer = load_model(models.DEFAULT, "float32", device)
         out.print(f"Model: SmolLM2-135M-Instruct, float32, on {loaded.device}.")
 
         cost = measure_step(Target(loaded))
@@ -362,7 +279,7 @@ def demo(
         text = prompt.messages[0]["content"]
         out.rule("prompt")
         out.print(text, markup=False, highlight=False)
-        inputs = _encode(tokenizer, text, raw=False).to(loaded.device)
+        inputs = encode(tokenizer, prompt.messages).to(loaded.device)
         wrapped = specdec.wrap(loaded, NGram(), nodes=nodes)
         comparison = compare(wrapped, **inputs, max_new_tokens=max_new_tokens, do_sample=False)
         out.rule("answer")
@@ -397,7 +314,7 @@ def fetch_model(
     ] = models.DEFAULT,
 ) -> None:
     """Downloads a model once; offline afterwards."""
-    with _readable_errors():
+    with readable_errors():
         out.print(str(models.fetch(name)), highlight=False)
 
 
@@ -418,7 +335,7 @@ def bench_attention(
     ] = None,
 ) -> None:
     """Times tree attention and its peers against the limits of this GPU."""
-    with _readable_errors():
+    with readable_errors():
         if plots_from is not None:
             if not _write_report(report.Result.load(plots_from), folder or plots_from.parent):
                 raise typer.Exit(1)
@@ -436,7 +353,7 @@ def bench_attention(
         from specdec.eval.attention import peers as arms
 
         wanted = arms.named(peers.split(",") if peers else arms.DEFAULT)
-        kind = _dtype(dtype)
+        kind = parse_dtype(dtype)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 

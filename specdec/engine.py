@@ -18,9 +18,10 @@ from specdec.batch import TreeBatch
 from specdec.captured import CapturedLane, Report, grounded
 from specdec.drafting import DraftContext, Observation
 from specdec.fused import FusedModel
-from specdec.load import Judgement, Lane, Load, Verdict, read, stacked
+from specdec.judge import Judgement, judge
+from specdec.load import Lane, Load, Verdict, read, stacked
 from specdec.pages import OutOfPages, check_count
-from specdec.request import Emission, Policy, Request, RequestError
+from specdec.request import Emission, Policy, Request, RequestError, Verified
 from specdec.sampling import Text
 from specdec.scheduler import Scheduler
 from specdec.stats import GenerationStats, Stopwatch
@@ -209,7 +210,7 @@ class Engine:
         try:
             with self._watch.phase("draft"):
                 proposals = [self._propose(lane) for lane in lanes]
-            load = Load(lanes, proposals, pieces)
+            load = Load(lanes, proposals, pieces, self.target.device)
             leased = self.target.cache.speculate(load.sequences, load.rows)
         except OutOfPages as error:  # of a drafter's own cache, or trees deeper than was asked for
             self._begin_again(lanes, error)
@@ -219,6 +220,7 @@ class Engine:
             plan = load.plan(lease)
             with self._watch.phase("forward" if lanes else "prefill"):
                 logits = self.target.forward(load.tokens(plan.slots.device), plan, keep=load.keep)
+            load.score_prompts(logits)
             with self._watch.phase("accept"):
                 judged = self._verify(load, logits, starts)
             with self._watch.phase("commit"):
@@ -293,10 +295,9 @@ class Engine:
             here, roots = logits[row:][: len(trees.tokens)], starts[line:][: len(lane.requests)]
             policy = lane.policy
             texts = [Text((*r.padding, *r.tokens), r.row) for r in lane.requests]
-            scores = policy.sampler.scores(here, trees, texts)
-            target = policy.sampler.probs(scores) if policy.rule.samples else scores
-            outcome = policy.rule.verify(trees, target, Noise(lane.seeds, roots + 1))
-            judged.append(Judgement(outcome, scores, here, policy.rule.samples))
+            noise = Noise(lane.seeds, roots + 1)
+            keep = policy.keep or policy.observer is not None
+            judged.append(judge(policy.rule, policy.sampler, here, trees, texts, noise, keep=keep))
             row, line = row + len(here), line + len(roots)
         return judged
 
@@ -398,7 +399,8 @@ class Engine:
             line[1:] if request.error is None else line[1:-1]
             for request, line in zip(lane.requests, verdict.tokens, strict=True)
         )
-        lane.policy.drafter.observe(Observation(lane.numbers, trees, paths, new))
+        observation = Observation(lane.numbers, trees, paths, new)
+        lane.policy.drafter.observe(observation)
         emissions = []
         for index, request in enumerate(lane.requests):
             request.cached += len(paths[index])
@@ -417,6 +419,8 @@ class Engine:
                 tokens=len(taken),
             )
             emissions.append(emission)
+        if lane.policy.observer is not None:
+            lane.policy.observer(Verified(observation, judgement.scores, emissions))
         return emissions
 
     def _check(self, policy: Policy, trees: TreeBatch, count: int) -> None:

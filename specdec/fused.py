@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from specdec.attention import AttentionPlan, Backend, tree_attention
 from specdec.hooks import AttentionCall
+from specdec.identity import modules_of
 from specdec.packing import Packed, pack, unpack
 from specdec.pages import PagePool
 from specdec.support import SWITCHING_ROPES
@@ -122,7 +123,7 @@ class FusedModel:
         body: Any = model.model
         self.embeddings: nn.Module = body.embed_tokens
         self.embedding_multiplier = float(getattr(body, "embedding_multiplier", 1.0))
-        self.rotary: nn.Module = body.rotary_emb
+        self.rotary: Any = body.rotary_emb
         self.layers = [
             self._layer(layer, call) for layer, call in zip(body.layers, calls, strict=True)
         ]
@@ -183,10 +184,15 @@ class FusedModel:
         keep: int | Tensor,
     ) -> Tensor:
         """[kept rows, V] logits; see `Target.forward`."""
+        from specdec.kernels import layers  # needs Triton
+
         hidden = self.embeddings(tokens)
         if self.embedding_multiplier != 1.0:
             hidden = hidden * self.embedding_multiplier
-        cos, sin = (x[0] for x in self.rotary(hidden[None], plan.positions[None]))
+        # OLMo-2 rotates in float32.
+        dtype = torch.float32 if self.family.kind == "scale, cast" else hidden.dtype
+        frequencies, scaling = self.rotary.inv_freq, float(self.rotary.attention_scaling)
+        cos, sin = layers.rotary(plan.positions, frequencies.float(), scaling, dtype)
         branch: Branch | None = None
         for index, layer in enumerate(self.layers):
             given = self._enter(hidden, branch, layer.before_attention)
@@ -358,7 +364,7 @@ def _parts(model: nn.Module) -> list[tuple[nn.Module, int, bool, tuple[int, ...]
                 for tensor in tensors.values()
             ),
         )
-        for module in model.modules()
+        for module in modules_of(model)
     ]
 
 

@@ -9,7 +9,8 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from specdec.drafting import Drafter
+from specdec.drafting import Drafter, Observation
+from specdec.prompt_logprobs import PromptScores
 from specdec.sampling import Sampler
 from specdec.tree import ProposalLaw
 from specdec.verify import AcceptanceRule
@@ -27,6 +28,7 @@ class Policy:
         law: to draft under, one for which the rule is legal.
         keep: whether emissions carry `scores` and `logits`.
         adaptive: whether captured steps may take smaller trees where these pay better.
+        observer: is told what became of every step, before the step is over.
     """
 
     drafter: Drafter
@@ -36,6 +38,7 @@ class Policy:
     law: ProposalLaw
     keep: bool = False
     adaptive: bool = True
+    observer: Callable[[Verified], object] | None = None
 
 
 @dataclass(eq=False)
@@ -61,6 +64,8 @@ class Request:
     """A sequence of the cache that holds a beginning of it, if it does not have to be found."""
     heir: Callable[[int], object] | None = None
     """Is given its sequence when it is finished, which is released otherwise."""
+    prompt_scores: PromptScores | None = None
+    """Collects what the model thinks of the prompt; then nothing of it comes from the cache."""
     prompt_length: int = field(init=False)
     number: int = field(init=False, default_factory=count().__next__)
     """Never given twice, so that a drafter can serve several runs at once; rises with arrival."""
@@ -132,6 +137,19 @@ class Emission:
     """[tokens, V] float32, what each token was chosen by, if the policy keeps them."""
     logits: Tensor | None = None
     """[tokens, V] float32, the same before processing."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One step of the requests of one policy: what was proposed, and what became of it."""
+
+    observation: Observation
+    """The trees, their accepted paths, and the tokens that these give."""
+    scores: Tensor
+    """[R, V], what the token after each node is chosen by: logits under the sampling options. Good
+    until the step is over."""
+    emissions: Sequence[Emission]
+    """What each request took of its tokens: not all of them where the text ended."""
 
 
 class RequestError(ValueError):

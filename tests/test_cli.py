@@ -64,6 +64,21 @@ def test_a_model_drafts_on_a_shape_and_sampling_is_seeded() -> None:
     assert first["stats"]["acceptance_by_depth"]["1"] > 0.9
 
 
+def test_a_trace_has_the_text_that_generate_gives_and_a_page(tmp_path: Path) -> None:
+    file = tmp_path / "runs" / "fox.html"
+    result = run("trace", PROMPT, "--out", str(file), "--tree", "6", "--max-new-tokens", "12")
+    assert result.exit_code == 0, result.stderr
+    recorded = json.loads(file.with_suffix(".json").read_text())
+    plain = run("generate", PROMPT, "--max-new-tokens", "12", "--json")
+    assert [token["token"] for token in recorded["tokens"]] == json.loads(plain.stdout)["tokens"]
+    assert recorded["text"].strip() in result.stdout
+    assert recorded["about"]["drafter"] == "ngram 6"
+    assert "fox" in file.read_text()
+    result = run("trace", PROMPT, "--out", "fox.txt")
+    assert result.exit_code == 1
+    assert "expected a name that ends in .html or .json" in " ".join(result.stderr.split())
+
+
 def test_a_chat_computes_only_what_is_new() -> None:
     questions = "What is the capital of France?\nAnd of Italy?\n\n"
     result = run("chat", "--max-new-tokens", "12", "--dtype", "float32", input=questions)
@@ -89,7 +104,7 @@ def test_debug_cache_draws_the_prefix_tree(tmp_path: Path) -> None:
     ("args", "message"),
     [
         (["--tree", "many"], "--tree: expected a number of nodes, chain:5 or 4,2,1, got 'many'"),
-        (["--tree", "chain:4"], "--tree: ngram takes a number of nodes"),
+        (["--tree", "4,2"], "--tree: ngram takes a number of nodes or chain:5, got '4,2'"),
         (["--rule", "hope"], "rule: expected auto"),
         (["--dtype", "float99"], "dtype: expected a torch dtype"),
     ],

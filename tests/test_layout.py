@@ -25,8 +25,11 @@ LAW = {
     "drafters": {"core", "kernels", "drafters"},
     "eval": {"core", "kernels", "drafters", "eval"},
 }
-# Two files of specdec/ sit on top of everything; wrap.py looks up, but not while it is imported.
-ALSO_ANYWHERE = {"specdec/cli.py": {"drafters", "eval"}}
+# The command line sits on top of everything; wrap.py looks up, but not while it is imported.
+ALSO_ANYWHERE = {
+    "specdec/cli.py": {"drafters", "eval"},
+    "specdec/cli_trace.py": {"eval"},
+}
 ALSO_IN_FUNCTIONS = {"specdec/wrap.py": {"drafters"}}
 
 
