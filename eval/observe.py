@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specdec.batch import TreeBatch
-from specdec.drafting import DeviceDrafter, DraftContext, Drafter, Observation
+from specdec.drafting import DraftContext, Drafter, Observation
 from specdec.tree import ProposalLaw
 
 FENCE = "```"
@@ -18,21 +18,17 @@ class Observed(Drafter):
     """Another drafter, and notes of what became of its trees.
 
     Notes are references to what the engine hands out anyway, so taking them costs nothing. Captured
-    steps tell a drafter nothing: unless `captured` is set there are none.
+    steps tell a drafter nothing, so its steps are never captured.
     """
 
-    def __init__(self, inner: Drafter, *, captured: bool) -> None:
+    def __init__(self, inner: Drafter) -> None:
         self.inner = inner
         self.law = inner.law
-        self.captured = captured
         self.notes: list[Observation] = []
 
     @property
     def can_draft(self) -> frozenset[ProposalLaw]:
         return self.inner.can_draft
-
-    def on_device(self, requests: int, device: Any) -> DeviceDrafter | None:
-        return self.inner.on_device(requests, device) if self.captured else None
 
     def begin(self, sequences: Sequence[int]) -> None:
         self.inner.begin(sequences)
