@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StaticCache, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 import specdec
 from specdec.drafting import Drafter
@@ -55,6 +55,10 @@ class Arm(ABC):
             seed: of a sampled run.
         """
 
+    def warm_up(self, longest: Tensor) -> None:
+        """Does what only the first runs do, on the longest prompt there will be."""
+        self.generate(longest, WARM_UP_TOKENS, 0)
+
 
 @dataclass
 class Lab:
@@ -63,8 +67,6 @@ class Lab:
     model: Any
     tokenizer: Any
     settings: Settings
-    longest: int
-    """Tokens of the longest prompt and its answer."""
     wrapped: specdec.SpeculativeModel = field(init=False)
 
     def __post_init__(self) -> None:
@@ -157,7 +159,6 @@ class TransformersArm(Arm):
     def __init__(self, lab: Lab, configuration: Configuration) -> None:
         self.lab, self.configuration = lab, configuration
         self.extra: dict[str, Any] = {}
-        self.cache: StaticCache | None = None
         name, _, assistant = configuration.drafter.partition(":")
         if name == "hf-prompt-lookup":
             self.extra = {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
@@ -170,15 +171,18 @@ class TransformersArm(Arm):
                     "--baseline: hf-compile needs a CUDA device, where transformers compiles a "
                     f"model with a static cache; got {lab.model.device}"
                 )
-            # One cache for all prompts: another size would be compiled again.
-            self.cache = StaticCache(lab.model.config, max_cache_len=lab.longest)
+            self.extra = {"cache_implementation": "static"}
+
+    def warm_up(self, longest: Tensor) -> None:
+        # transformers keeps the largest static cache it has needed, so that nothing is compiled
+        # again for shorter texts.
+        whole = self.lab.settings.max_new_tokens
+        compiles = "cache_implementation" in self.extra
+        self.generate(longest, whole if compiles else WARM_UP_TOKENS, 0)
 
     def generate(self, ids: Tensor, new: int, seed: int) -> Generation:
         torch.manual_seed(seed % 2**63)
         clock = Clock(self.lab)
-        if self.cache is not None:
-            self.cache.reset()
-            self.extra = {"past_key_values": self.cache}
         options = self.lab.options(self.configuration, ids, new)
         start = self.lab.now()
         out = self.lab.model.generate(

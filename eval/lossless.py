@@ -29,10 +29,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import specdec
 from specdec import models
 from specdec.drafters import DraftModel
+from specdec.eval import judging
 from specdec.eval.provenance import provenance
 from specdec.testing import degraded
 
-NEAR_TIE = 1e-4
 CONFIGURATIONS = ("prompt-lookup", "ngram-1", "ngram-4", "draft-1", "draft-4")
 
 err = Console(stderr=True)
@@ -91,14 +91,8 @@ def count_forwards(model: Any) -> Iterator[list[int]]:
 
 def judge(model: Any, got: Tensor, reference: Tensor) -> str:
     """`equal`, `near-tie` or `different`, for [L] token ids that start with the same prompt."""
-    length = min(len(got), len(reference))
-    differ = (got[:length] != reference[:length]).nonzero()
-    if len(got) == len(reference) and not len(differ):
-        return "equal"
-    first = int(differ[0]) if len(differ) else length
-    with torch.no_grad():
-        top = model(reference[None, :first]).logits[0, -1].topk(2).values
-    return "near-tie" if float(top[0] - top[1]) < NEAR_TIE else "different"
+    first = reference[None, :1]
+    return judging.judge(model, first, got[1:].tolist(), reference[1:].tolist()).verdict
 
 
 class Suite:

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from specdec.console import err
-from specdec.eval.arms import WARM_UP_TOKENS, Arm, Generation, Lab, seed_of
+from specdec.eval.arms import Arm, Generation, Lab, seed_of
 from specdec.eval.grid import Grid
 from specdec.eval.judging import judge, log_likelihood
 from specdec.eval.loading import encode, load_model, node_budget
@@ -58,11 +58,12 @@ def run_grid(grid: Grid, folder: RunFolder) -> list[Row]:
     session: Session | None = None
     for target in targets:
         lab, texts = _lab(target, grid, suites, device)
+        chosen = [c for c in configurations if c.target == target]
+        arms = {c.name: lab.arm(c) for c in chosen}
         if session is None:
             session = Session.begin(grid, folder, suites, configurations, lab.model, state)
-        chosen = [c for c in configurations if c.target == target]
-        session.run_target(chosen, {c.name: lab.arm(c) for c in chosen}, lab, texts)
-        del lab, texts  # before the next target takes their memory
+        session.run_target(chosen, arms, lab, texts)
+        del lab, texts, arms  # before the next target takes their memory
     assert session is not None
     return session.finish(configurations)
 
@@ -94,8 +95,7 @@ def _lab(
         for suite in suites
         for prompt in suite.prompts
     }
-    width = max(ids.shape[1] for ids in texts.values())
-    return Lab(model, tokenizer, grid.settings, width + grid.settings.max_new_tokens), texts
+    return Lab(model, tokenizer, grid.settings), texts
 
 
 @dataclass
@@ -156,10 +156,10 @@ class Session:
         ]
         if not missing:
             return
-        first = texts[missing[0][1].name, missing[0][2].id]
+        longest = max(texts.values(), key=lambda ids: ids.shape[1])
         for arm in arms.values():
             with suppress(Exception):  # whatever it is, the rows will say
-                arm.generate(first, WARM_UP_TOKENS, 0)
+                arm.warm_up(longest)
         with self._progress(len(missing), configurations[0].target) as advance:
             for number, suite, prompt, repetition in missing:
                 ids = texts[suite.name, prompt.id]

@@ -108,10 +108,13 @@ class TreeKVCache:
         """Opens a sequence that begins like another one, in the same pages, and returns its number.
 
         Args:
-            sequence: with no lease open and its last commit settled.
+            sequence: with no lease open and its last commit settled, unless `length` ends before
+                what is not.
             length: how many of its tokens; all by default.
         """
-        parent = self._settled(sequence)
+        parent = self._sequences[sequence]
+        if length is None or parent.lease is not None or length > parent.bound - parent.unsettled:
+            parent = self._settled(sequence)
         length = parent.bound if length is None else length
         if not 0 <= length <= parent.bound:
             raise ValueError(f"length: expected 0 to {parent.bound} tokens, got {length}")

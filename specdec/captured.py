@@ -129,8 +129,9 @@ class Step:
             lengths=texts.lengths,
             tokens=zeros(rows),
             parents=zeros(rows, dtype=torch.int32),
-            counts=zeros(count, dtype=torch.int32),
+            counts=zeros(count, dtype=torch.int32) + 1,
         )
+        self.trees.parents.view(count, nodes)[:, 0] = -1
         self.nodes = torch.arange(nodes, device=device).repeat(count)
         self.row_starts = torch.arange(count + 1, dtype=torch.int32, device=device) * nodes
         self.row_sequences, self.depths = zeros(rows), zeros(rows)
@@ -334,9 +335,11 @@ class StepGraphs:
 
     def _where(self) -> Hashable:
         cache = self.target.cache
-        pages = [(g.keys.data_ptr(), g.values.data_ptr()) for g in cache.pool.groups]
+        pages = [
+            (g.keys.data_ptr(), g.values.data_ptr(), g.keys.shape[1]) for g in cache.pool.groups
+        ]
         table = (cache.page_table.data_ptr(), tuple(cache.page_table.shape))
-        return id(self.target.fused), cache.lengths.data_ptr(), table, tuple(pages)
+        return self.target.fused, cache.lengths.data_ptr(), table, tuple(pages)
 
 
 @dataclass(frozen=True)

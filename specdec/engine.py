@@ -17,7 +17,9 @@ from torch import Tensor
 from specdec.batch import TreeBatch
 from specdec.captured import CapturedLane, Report, grounded
 from specdec.drafting import DraftContext, Observation
-from specdec.load import Judgement, Lane, Load, Verdict, read, stacked
+from specdec.fused import FusedModel
+from specdec.judge import Judgement, judge
+from specdec.load import Lane, Load, Verdict, read, stacked
 from specdec.pages import OutOfPages, check_count
 from specdec.request import Emission, Policy, Request, RequestError, Verified
 from specdec.sampling import Text
@@ -77,7 +79,7 @@ class Engine:
         self._lanes: list[Lane] = []
         self._lanes_of = -1  # the scheduler's changes that they were made after
         self._captured: CapturedLane | None = None
-        self._judged: Lane | None = None  # the lane that `_why` is about
+        self._judged: tuple[Lane, FusedModel | None] | None = None  # what `_why` is about
         self._why: str | None = None
 
     def add(self, request: Request) -> None:
@@ -193,9 +195,9 @@ class Engine:
     def _pass(self) -> list[Emission]:
         lanes = self._current_lanes()
         lane = lanes[0] if len(lanes) == 1 and not self.scheduler.prefilling else None
-        if self._captured is not None and self._captured.lane is not lane:
-            return self._land()
         why = self._grounded(lanes, lane)
+        if self._captured is not None and (self._captured.lane is not lane or why is not None):
+            return self._land()
         if lane is not None and why is None:
             emissions = self._fly(lane)
             if emissions is not None:
@@ -208,7 +210,7 @@ class Engine:
         try:
             with self._watch.phase("draft"):
                 proposals = [self._propose(lane) for lane in lanes]
-            load = Load(lanes, proposals, pieces)
+            load = Load(lanes, proposals, pieces, self.target.device)
             leased = self.target.cache.speculate(load.sequences, load.rows)
         except OutOfPages as error:  # of a drafter's own cache, or trees deeper than was asked for
             self._begin_again(lanes, error)
@@ -218,6 +220,7 @@ class Engine:
             plan = load.plan(lease)
             with self._watch.phase("forward" if lanes else "prefill"):
                 logits = self.target.forward(load.tokens(plan.slots.device), plan, keep=load.keep)
+            load.score_prompts(logits)
             with self._watch.phase("accept"):
                 judged = self._verify(load, logits, starts)
             with self._watch.phase("commit"):
@@ -235,8 +238,9 @@ class Engine:
         """Why the next pass cannot be captured; None if it can."""
         if lane is None:
             return "prompts are computed" if self.scheduler.prefilling else "several policies"
-        if self._judged is not lane:
-            self._judged, self._why = lane, grounded(self.target, lane)
+        if self._judged != (lane, self.target.fused):
+            self._judged = lane, self.target.fused
+            self._why = grounded(self.target, lane)
         return self._why
 
     def _fly(self, lane: Lane) -> list[Emission] | None:
@@ -291,10 +295,9 @@ class Engine:
             here, roots = logits[row:][: len(trees.tokens)], starts[line:][: len(lane.requests)]
             policy = lane.policy
             texts = [Text((*r.padding, *r.tokens), r.row) for r in lane.requests]
-            scores = policy.sampler.scores(here, trees, texts)
-            target = policy.sampler.probs(scores) if policy.rule.samples else scores
-            outcome = policy.rule.verify(trees, target, Noise(lane.seeds, roots + 1))
-            judged.append(Judgement(outcome, scores, here, policy.rule.samples))
+            noise = Noise(lane.seeds, roots + 1)
+            keep = policy.keep or policy.observer is not None
+            judged.append(judge(policy.rule, policy.sampler, here, trees, texts, noise, keep=keep))
             row, line = row + len(here), line + len(roots)
         return judged
 

@@ -32,7 +32,20 @@ class Weights:
 
     def state(self) -> Hashable:
         """Equal for two moments between which K and V of a text are the same."""
-        tensors = list(_tensors(self._model))
+        tensors: list[Tensor] = []
+        adapters: list[Hashable] = []
+        hooks: list[int] = []  # their numbers, which torch gives only once; -1: another forward
+        for module in modules_of(self._model):
+            tensors += [p for p in module._parameters.values() if p is not None]
+            passing = module._non_persistent_buffers_set
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in passing:
+                    tensors.append(buffer)
+            hooks += [*module._forward_hooks, *module._forward_pre_hooks]
+            if "forward" in vars(module):
+                hooks.append(-1)
+            if hasattr(type(module), "active_adapters"):
+                adapters += _adapters(module)
         identities = [_identity(tensor) for tensor in tensors]
         # An address may be used again: an equal identity counts for a tensor that lived on.
         alive = all(ref() is t for ref, t in zip(self._tensors, tensors, strict=False))
@@ -40,15 +53,18 @@ class Weights:
             self._tensors = [weakref.ref(tensor) for tensor in tensors]
             self._identities = identities
             self._generation += 1
-        return self._generation, tuple(_adapters(self._model)), tuple(_hooks(self._model))
+        return self._generation, tuple(adapters), tuple(hooks)
 
 
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    for module in model.modules():
-        yield from (p for p in module._parameters.values() if p is not None)
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield buffer
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """All modules of a model, each once: `model.modules()` in a tenth of the time."""
+    found, stack = {id(model): model}, [model]
+    while stack:
+        for child in stack.pop()._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                stack.append(child)
+    return list(found.values())
 
 
 def _identity(tensor: Tensor) -> Identity:
@@ -56,22 +72,14 @@ def _identity(tensor: Tensor) -> Identity:
     return id(tensor), version, 0 if tensor.is_meta else tensor.data_ptr()
 
 
-def _adapters(model: nn.Module) -> Iterator[Hashable]:
-    """What PEFT says of each of its layers, by PEFT's own names."""
-    for module in model.modules():
-        active = getattr(module, "active_adapters", None)
-        if isinstance(active, list | tuple) and hasattr(module, "merged_adapters"):
-            scaling = getattr(module, "scaling", {})
-            yield (
-                tuple(active),
-                tuple(module.merged_adapters),  # type: ignore[arg-type]
-                bool(getattr(module, "disable_adapters", False)),
-                tuple((name, float(scaling[name])) for name in active if name in scaling),
-            )
-
-
-def _hooks(model: nn.Module) -> Iterator[int]:
-    """The numbers of forward hooks, which torch gives only once."""
-    for module in model.modules():
-        yield from module._forward_hooks
-        yield from module._forward_pre_hooks
+def _adapters(module: nn.Module) -> Iterator[Hashable]:
+    """What PEFT says of one of its layers, by PEFT's own names."""
+    active = getattr(module, "active_adapters", None)
+    if isinstance(active, list | tuple) and hasattr(module, "merged_adapters"):
+        scaling = getattr(module, "scaling", {})
+        yield (
+            tuple(active),
+            tuple(module.merged_adapters),  # type: ignore[arg-type]
+            bool(getattr(module, "disable_adapters", False)),
+            tuple((name, float(scaling[name])) for name in active if name in scaling),
+        )

@@ -101,10 +101,9 @@ class Scheduler:
 
         A request that has run under other weights as well is nobody's to reuse from then on.
         """
-        if not self.prefix_cache:
-            self.target.follow()
-            return None
         weights = self.target.weights_state()
+        if not self.prefix_cache:
+            return None
         for request in self.running:
             if request.key != (request.cache_key, weights):
                 request.key = object()
@@ -134,8 +133,10 @@ class Scheduler:
         """Starts a request, unless another one is about to compute what it begins with."""
         cache, text = self.cache, request.tokens[:-1]
         request.key = key
-        leader, common = self._leader(request) if self.prefix_cache else (None, 0)
-        known = len(cache.prefixes.match(text, key)) if self.prefix_cache else 0
+        # What a model thinks of a prompt is only known to the pass that computes it.
+        reuse = self.prefix_cache and request.prompt_scores is None
+        leader, common = self._leader(request) if reuse else (None, 0)
+        known = len(cache.prefixes.match(text, key)) if reuse else 0
         known *= cache.pool.page_size
         given = 0 if request.origin is None else min(len(text), cache.length_bound(request.origin))
         if leader is not None and common > max(known, given):
@@ -144,7 +145,7 @@ class Scheduler:
             request.sequence = cache.fork(leader.sequence, common)
         elif request.origin is not None and given >= known:
             request.sequence = cache.fork(request.origin, given)
-        elif self.prefix_cache:
+        elif reuse:
             request.sequence = cache.admit(text, key=key)
         else:
             request.sequence = cache.admit()
@@ -216,6 +217,7 @@ class Scheduler:
     def stop(self, request: Request) -> None:
         """Gives a running request's pages back; full ones stay in the prefix tree."""
         try:
+            self.policy_of(request).sampler.end(request.row)
             self.policy_of(request).drafter.end([request.number])
         finally:
             if self._may_share(request):

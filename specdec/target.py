@@ -9,10 +9,10 @@ from __future__ import annotations
 import inspect
 import os
 import threading
+import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal, get_args
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ Layers = Literal["auto", "fused", "transformers"]
 CACHED_SHARE = 10
 """The part of the device's memory that texts which are over may take, as its inverse."""
 
-_LOCKS: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
+_LOCKS: weakref.WeakKeyDictionary[PreTrainedModel, threading.RLock] = weakref.WeakKeyDictionary()
 """One lock for each model: the name of its attention changes for the time of a forward."""
 
 
@@ -103,32 +103,47 @@ class Target:
         with torch.inference_mode(False):  # tensors that outlive the caller's inference mode
             calls, self.vocab_size = self._probe()
             pool = PagePool([_shape(call) for call in calls], page_size, max_pages)
-            self._calls = calls
-            self.unfit = self._unfit(layers, calls)
+            self._calls, self._asked = calls, layers
+            self.unfit: str | None = None
             """Why the layers are computed by transformers; None if they are not."""
-            self.fused = None if self.unfit else FusedModel(self.model, calls)
+            self.fused: FusedModel | None = None
+            self._fit()
+            self._state = self.weights.state()
             if max_cached_bytes is None:
                 max_cached_bytes = _memory(self.device) // CACHED_SHARE
             self.cache = TreeKVCache(pool, self.device, max_cached_bytes=max_cached_bytes)
-        self._asked = layers
-        self.graphs = StepGraphs(self)
+        self.graphs = StepGraphs(weakref.proxy(self))
         """The captured steps over this cache."""
 
     def weights_state(self) -> Hashable:
-        """What cached K and V depend on besides the tokens; forgets what can never match again."""
-        self.follow()
+        """What cached K and V depend on besides the tokens; forgets what can never match again.
+
+        Also looks whether the layers can still be computed as before.
+        """
         before = self.weights.generation
         state = self.weights.state()
+        if state != self._state:
+            self._fit()
+            state = self._state = self.weights.state()
         if self.weights.generation != before:
             self.cache.prefixes.clear()
         return state
 
-    def follow(self) -> None:
-        """Looks whether the model's parts are still those that its layers are computed from."""
-        if self._asked == "transformers" or (self.fused is not None and self.fused.current):
-            return
+    def _fit(self) -> None:
+        """Chooses who computes the layers, by what the model is now."""
         self.unfit = self._unfit(self._asked, self._calls)
+        if self.fused is not None:
+            if self.unfit is None and self.fused.current:
+                return
+            self.fused.forget()  # there may be no room for two
         self.fused = None if self.unfit else FusedModel(self.model, self._calls)
+
+    def unpack(self) -> None:
+        """Lets the model's parameters lie where they would without a wrapper."""
+        if self.fused is not None:
+            with self.lock:
+                self.fused.unpack()
+                self.fused, self.unfit = None, "the model was unwrapped"
 
     @torch.no_grad()
     def _probe(self) -> tuple[list[AttentionCall], int]:
