@@ -10,6 +10,7 @@ that end, in pages that are still leased, and its tokens are thrown away.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ class Texts:
     tokens: Tensor  # [B, T] int32
     lengths: Tensor  # [B] int64
     seeds: Tensor  # [B] int64
-    owner: CapturedLane | None = None
+    owner: weakref.ref[CapturedLane] | None = None
 
     @classmethod
     def empty(cls, requests: int, room: int, device: torch.device) -> Texts:
@@ -255,8 +256,9 @@ class StepGraphs:
         size = 1 << (requests - 1).bit_length()
         room = -(-(longest + 1) // ROOM) * ROOM
         found = self._texts.get(size)
-        if found is not None and found.owner is not None:
-            found.owner.land()
+        owner = found.owner() if found is not None and found.owner is not None else None
+        if owner is not None:
+            owner.land()
         if found is None or found.tokens.shape[1] < room:
             self._graphs = {k: g for k, g in self._graphs.items() if g.step.texts is not found}
             room = max(room, 2 * found.tokens.shape[1] if found else 0)
@@ -391,7 +393,7 @@ class CapturedLane:
             )
             self._texts = self.graphs.texts(len(lane.requests), longest)
             self._texts.load(lane)
-            self._texts.owner = self
+            self._texts.owner = weakref.ref(self)
             self._launch()
         if any(self._left(request) > len(self._flights) for request in self.lane.requests):
             self._launch()
@@ -483,6 +485,8 @@ def grounded(target: Target, lane: Lane) -> str | None:
         return "scores or logits are kept"
     if policy.observer is not None:
         return "an observer looks at every step"
+    if target.layers_of(policy.drafter) is not None:
+        return f"{type(policy.drafter).__name__} has layers of its own"
     if policy.drafter.on_device(1, target.device) is None:
         return f"{type(policy.drafter).__name__} drafts on the host"
     return None
