@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from specdec.drafting import Observation, SequenceDrafter
+import torch
+from torch import Tensor
+
+from specdec.drafting import DeviceDrafter, DraftBuffers, Observation, SequenceDrafter
 from specdec.tree import MAX_NODES, TokenTree
 
 
@@ -22,11 +25,15 @@ class Chains(SequenceDrafter):
         self.inner = inner
         self.law = inner.law
 
+    def on_device(self, requests: int, device: torch.device) -> DeviceDrafter | None:
+        inner = self.inner.on_device(requests, device)
+        return None if inner is None else _DeviceChains(inner)
+
     def begin(self, sequences: Sequence[int]) -> None:
         self.inner.begin(sequences)
 
     def draft(self, tokens: Sequence[int], nodes: int) -> TokenTree:
-        tree = self.inner.draft(tokens, min(self.SPARE * nodes, MAX_NODES))
+        tree = self.inner.draft(tokens, _spare(nodes))
         return tree.first_chain().cut(depth=nodes - 1)
 
     def observe(self, observation: Observation) -> None:
@@ -37,3 +44,58 @@ class Chains(SequenceDrafter):
 
     def __repr__(self) -> str:
         return f"Chains({self.inner!r})"
+
+
+def _spare(nodes: int) -> int:
+    return min(Chains.SPARE * nodes, MAX_NODES)
+
+
+class _DeviceChains(DeviceDrafter):
+    """The same chains inside of captured steps."""
+
+    def __init__(self, inner: DeviceDrafter) -> None:
+        self.inner, self.max_depth = inner, inner.max_depth
+
+    def draft(self, buffers: DraftBuffers) -> None:
+        requests, nodes = len(buffers.lengths), buffers.nodes
+        spare = _spare(nodes)
+        tree = DraftBuffers(
+            text=buffers.text,
+            lengths=buffers.lengths,
+            tokens=buffers.tokens.new_zeros(requests * spare),
+            parents=buffers.parents.new_zeros(requests * spare),
+            counts=torch.zeros_like(buffers.counts),
+        )
+        self.inner.draft(tree)
+        chain = first_chains(tree.parents.view(requests, spare), tree.counts, nodes)
+        there = chain < spare
+        picked = tree.tokens.view(requests, spare).gather(1, chain.where(there, 0))
+        places = torch.arange(nodes, device=chain.device, dtype=buffers.parents.dtype)
+        buffers.tokens.view(requests, nodes).copy_(picked)
+        buffers.parents.view(requests, nodes).copy_((places - 1).where((places == 0) | there, 0))
+        buffers.counts.copy_(there.sum(1))
+
+
+def first_chains(parents: Tensor, counts: Tensor, nodes: int) -> Tensor:
+    """The root, its first child, that one's first child and so on, of many trees at once.
+
+    Args:
+        parents: [B, N] of each tree, -1 for its root.
+        counts: [B] nodes of each tree; what lies behind is no node.
+        nodes: of the chain, at most.
+
+    Returns:
+        [B, nodes] int64 nodes, N where the chain has ended.
+    """
+    batch, size = parents.shape
+    places = torch.arange(size, device=parents.device).expand(batch, size)
+    below = (parents >= 0) & (places < counts[:, None])
+    first = torch.full((batch, size + 1), size, dtype=torch.int64, device=parents.device)
+    first.scatter_reduce_(1, parents.long().where(below, size), places.where(below, size), "amin")
+    # Steps along the chain by powers of two: few kernels, however long it is.
+    depths = torch.arange(nodes, device=parents.device)
+    chain, jump = torch.zeros_like(depths).expand(batch, nodes), first
+    for bit in range((nodes - 1).bit_length()):
+        chain = jump.gather(1, chain).where((depths >> bit & 1).bool(), chain)
+        jump = jump.gather(1, jump)
+    return chain

@@ -56,13 +56,8 @@ def make_drafter(
     Raises:
         ValueError: one of them cannot be read, or they do not go together.
     """
-    if tree is not None and tree.isdecimal():
-        topology, nodes = None, int(tree)
-    elif tree is not None:
-        topology = parse_topology(tree)
-        nodes = len(topology)
-    else:
-        topology, nodes = None, None
+    nodes = None if tree is None else node_budget(tree)
+    topology = None if tree is None or tree.isdecimal() else parse_topology(tree)
     file, colon, name = drafter.rpartition(":")
     if drafter in DRAFTERS:
         found = DRAFTERS[drafter]()
@@ -77,6 +72,11 @@ def make_drafter(
         shapes = " or chain:5" if isinstance(found, SequenceDrafter) else ""
         raise ValueError(f"--tree: {drafter} takes a number of nodes{shapes}, got {tree!r}")
     return Chains(found), nodes
+
+
+def node_budget(tree: str) -> int:
+    """Nodes of `--tree`, the root included."""
+    return int(tree) if tree.isdecimal() else len(parse_topology(tree))
 
 
 def parse_topology(text: str) -> Topology:

@@ -9,12 +9,7 @@ per step stand beside those of transformers' prompt lookup, which counts one ste
 
 from __future__ import annotations
 
-import datetime
 import json
-import platform
-import shlex
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,9 +29,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import specdec
 from specdec import models
 from specdec.drafters import DraftModel
+from specdec.eval import judging
+from specdec.eval.provenance import provenance
 from specdec.testing import degraded
 
-NEAR_TIE = 1e-4
 CONFIGURATIONS = ("prompt-lookup", "ngram-1", "ngram-4", "draft-1", "draft-4")
 
 err = Console(stderr=True)
@@ -95,14 +91,8 @@ def count_forwards(model: Any) -> Iterator[list[int]]:
 
 def judge(model: Any, got: Tensor, reference: Tensor) -> str:
     """`equal`, `near-tie` or `different`, for [L] token ids that start with the same prompt."""
-    length = min(len(got), len(reference))
-    differ = (got[:length] != reference[:length]).nonzero()
-    if len(got) == len(reference) and not len(differ):
-        return "equal"
-    first = int(differ[0]) if len(differ) else length
-    with torch.no_grad():
-        top = model(reference[None, :first]).logits[0, -1].topk(2).values
-    return "near-tie" if float(top[0] - top[1]) < NEAR_TIE else "different"
+    first = reference[None, :1]
+    return judging.judge(model, first, got[1:].tolist(), reference[1:].tolist()).verdict
 
 
 class Suite:
@@ -189,31 +179,6 @@ class Suite:
                 tally.different.append(question.id)
 
 
-def provenance(model: Any, module: str = "specdec.eval.lossless") -> dict[str, object]:
-    """Where and with what the numbers were made."""
-    cuda = model.device.type == "cuda"
-    return {
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
-        "commit": _commit(),
-        "device": torch.cuda.get_device_name(model.device) if cuda else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "specdec": specdec.__version__,
-    }
-
-
-def _commit() -> str | None:
-    """The revision of the checkout that runs, `+` if it was changed; None outside of one."""
-    describe = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    here = Path(__file__).parent
-    result = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
-
-
 def show(results: dict[str, dict[str, Tally]]) -> Table:
     """Tokens per step by category, one column a configuration."""
     table = Table("tokens per step", *results)
@@ -275,7 +240,7 @@ def main(
     Console().print(show(results))
     if json_file is not None:
         record = {
-            "provenance": provenance(loaded),
+            "provenance": provenance(loaded.device, loaded.dtype),
             "question_ids": [question.id for question in questions],
             "nodes": nodes,
             "draft": {"bits": bits, "nodes": draft_nodes},

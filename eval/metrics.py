@@ -301,9 +301,7 @@ def verdict(row: Row) -> str:
         return "error"
     if row.lossless is None:
         return "not compared"
-    if row.lossless.equal:
-        return "equal"
-    return "near-tie" if row.lossless.near_tie else "different"
+    return row.lossless.verdict
 
 
 def _shares(above: Sequence[Mapping[K, int]], below: Sequence[Mapping[K, int]]) -> dict[K, float]:

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -119,6 +119,11 @@ class Lossless:
     near_tie: bool = False
     """Whether the gap is so small that rounding decides; see docs/evaluation.md."""
 
+    @property
+    def verdict(self) -> str:
+        """`equal`, `near-tie` or `different`."""
+        return "equal" if self.equal else "near-tie" if self.near_tie else "different"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -189,8 +194,13 @@ class Row:
         return hashlib.sha256(json.dumps(self.tokens).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """One line, the digest included; empty fields are left out."""
-        data = {name: value for name, value in asdict(self).items() if value not in (None, {}, [])}
+        """One line, the digest included; fields that may be empty and are so are left out."""
+        required = {f.name for f in fields(self) if f.default is f.default_factory is MISSING}
+        data = {
+            name: value
+            for name, value in asdict(self).items()
+            if name in required or value not in (None, {}, [])
+        }
         return json.dumps({**data, "digest": self.digest})
 
     @classmethod

@@ -28,8 +28,8 @@ import specdec
 from specdec import models
 from specdec.batch import TreeBatch
 from specdec.drafters import DraftModel
-from specdec.eval.lossless import provenance
-from specdec.eval.prompts import builtin_prompts
+from specdec.eval.provenance import provenance
+from specdec.eval.suites import BUILTIN, load_suite
 from specdec.rules import (
     RULES,
     MultiRound,
@@ -74,9 +74,7 @@ def _from_the_root(trees: TreeBatch, target: Tensor, rule: AcceptanceRule) -> Te
         kids = trees.children[rows]
         if isinstance(rule, SampleAndMatch):
             tokens = trees.tokens[kids.clamp_min(0)]
-            chances = target[rows].gather(1, tokens)
-            again = (tokens[:, :, None] == tokens[:, None, :]).tril(-1) & (kids >= 0)[:, None, :]
-            chances = torch.where(again.any(2) | (kids < 0), 0.0, chances).double()
+            chances = target[rows].gather(1, tokens).double()
         else:
             tried = sibling_chances(trees, target, rows).double()
             missed = (1 - tried).cumprod(1)
@@ -85,9 +83,27 @@ def _from_the_root(trees: TreeBatch, target: Tensor, rule: AcceptanceRule) -> Te
         reach[places] = reach[rows][:, None] * chances
     reach = reach[:-1].clone()
     reach[trees.offsets] = 0
+    if isinstance(rule, SampleAndMatch):
+        reach[_repeated(trees)] = 0  # the deepest node counts, whichever of equal texts it ends
     return torch.zeros(len(trees.sizes), dtype=torch.float64).index_add(
         0, trees.tree.cpu(), reach.cpu()
     )
+
+
+def _repeated(trees: TreeBatch) -> list[int]:
+    """The rows whose path says the same as that of an earlier row."""
+    tokens, known = trees.tokens.tolist(), trees.known_parents
+    repeated, start = [], 0
+    for size in trees.sizes:
+        first: dict[tuple[int, int], int] = {}
+        same = [0]  # for each node, the first one with its text
+        for node in range(1, size):
+            key = (same[known[start + node]], tokens[start + node])
+            same.append(first.setdefault(key, node))
+            if same[node] != node:
+                repeated.append(start + node)
+        start += size
+    return repeated
 
 
 def _from_the_leaves(trees: TreeBatch, accept: Tensor) -> Tensor:
@@ -146,21 +162,26 @@ def measure(
     new: int,
     seed: int = 0,
 ) -> list[Row]:
-    """Runs prompts of one shape and law; one row for each rule that is legal."""
+    """Runs prompts of one shape and law, all at once; one row for each rule that is legal."""
     topology = SHAPES[shape]
     recorder = Recorder(len(topology))
     drafter = DraftModel(draft, topology, law=law)
     wrapped = specdec.wrap(model, drafter, rule=recorder, nodes=len(topology))
-    for index, prompt in enumerate(prompts):
-        wrapped.generate(
-            prompt,
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,
-            max_new_tokens=new + max(topology.depths),
-            min_new_tokens=new,
-            seed=seed + index,
-        )
+    width = max(prompt.shape[1] for prompt in prompts)
+    pads = [width - prompt.shape[1] for prompt in prompts]
+    pad = torch.nn.functional.pad
+    wrapped.generate(
+        torch.cat([pad(prompt, (n, 0)) for prompt, n in zip(prompts, pads, strict=True)]),
+        attention_mask=torch.cat(
+            [pad(torch.ones_like(p), (n, 0)) for p, n in zip(prompts, pads, strict=True)]
+        ),
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        max_new_tokens=new + max(topology.depths),
+        min_new_tokens=new,
+        seed=seed,
+    )
     rows = []
     for name, lengths in recorder.lengths.items():
         values = torch.tensor(lengths, dtype=torch.float64)
@@ -210,7 +231,7 @@ def main(
             return_tensors="pt",
             return_dict=True,
         )["input_ids"].to(device)
-        for prompt in builtin_prompts()[:prompts]
+        for prompt in load_suite(BUILTIN).limited(prompts).prompts
     ]
     rows: list[Row] = []
     for temperature in (0.6, 1.0):
@@ -221,7 +242,7 @@ def main(
                 )
                 if json_file is not None:
                     record = {
-                        "provenance": provenance(loaded, "specdec.eval.rules"),
+                        "provenance": provenance(loaded.device, loaded.dtype),
                         "bits": bits,
                         "new": new,
                         "prompts": prompts,

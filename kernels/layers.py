@@ -126,6 +126,52 @@ def _gate_kernel(
     tl.store(OUT + row * F + features, out.to(dtype), mask=inside)
 
 
+@triton.jit
+def _rotary_kernel(
+    POSITIONS, FREQUENCIES, COS, SIN, scaling,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, BLOCK)
+    inside = dims < HALF
+    position = tl.load(POSITIONS + row).to(tl.float32)
+    angle = position * tl.load(FREQUENCIES + dims, mask=inside, other=0.0)
+    cos = (tl.cos(angle) * scaling).to(COS.dtype.element_ty)
+    sin = (tl.sin(angle) * scaling).to(COS.dtype.element_ty)
+    at = row * 2 * HALF + dims
+    tl.store(COS + at, cos, mask=inside)
+    tl.store(COS + at + HALF, cos, mask=inside)
+    tl.store(SIN + at, sin, mask=inside)
+    tl.store(SIN + at + HALF, sin, mask=inside)
+
+
+def rotary(
+    positions: Tensor, frequencies: Tensor, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The cosines and sines that rotate queries and keys, for all layers.
+
+    Args:
+        positions: [R] int64.
+        frequencies: [Drot / 2] float32, angle of each pair of dimensions for one position.
+        scaling: factor on both.
+        dtype: of the results.
+
+    Returns:
+        Two of [R, Drot]; the halves are equal.
+    """
+    half = len(frequencies)
+    cos, sin = (positions.new_empty(len(positions), 2 * half, dtype=dtype) for _ in range(2))
+    _rotary_kernel[(len(positions),)](
+        positions, frequencies, cos, sin, scaling,
+        HALF=half, BLOCK=triton.next_power_of_2(half), num_warps=1,
+        **UNFUSED, **dependent(positions),
+    )  # fmt: skip
+    return cos, sin
+
+
 def add_norm(
     hidden: Tensor,
     branch: Tensor | None,

@@ -50,7 +50,9 @@ class TreeBatch:
 
     @cached_property
     def offsets(self) -> Tensor:
-        """[B] int64, first row of every tree."""
+        """[B] int64, first row of every tree; nothing is uploaded if all are of one size."""
+        if len(set(self.sizes)) == 1:
+            return torch.arange(len(self.sizes), device=self.device) * self.sizes[0]
         starts = [0]
         for size in self.sizes[:-1]:
             starts.append(starts[-1] + size)
@@ -59,8 +61,10 @@ class TreeBatch:
     @cached_property
     def tree(self) -> Tensor:
         """[R] int64, the tree that each row belongs to."""
-        sizes = upload(self.sizes, self.device)
         index = torch.arange(len(self.sizes), device=self.device)
+        if len(set(self.sizes)) == 1:
+            return index.repeat_interleave(self.sizes[0])
+        sizes = upload(self.sizes, self.device)
         return torch.repeat_interleave(index, sizes, output_size=len(self.tokens))
 
     @cached_property

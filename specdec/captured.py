@@ -10,6 +10,7 @@ that end, in pages that are still leased, and its tokens are thrown away.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ class Texts:
     tokens: Tensor  # [B, T] int32
     lengths: Tensor  # [B] int64
     seeds: Tensor  # [B] int64
-    owner: CapturedLane | None = None
+    owner: weakref.ref[CapturedLane] | None = None
 
     @classmethod
     def empty(cls, requests: int, room: int, device: torch.device) -> Texts:
@@ -129,8 +130,9 @@ class Step:
             lengths=texts.lengths,
             tokens=zeros(rows),
             parents=zeros(rows, dtype=torch.int32),
-            counts=zeros(count, dtype=torch.int32),
+            counts=zeros(count, dtype=torch.int32) + 1,
         )
+        self.trees.parents.view(count, nodes)[:, 0] = -1
         self.nodes = torch.arange(nodes, device=device).repeat(count)
         self.row_starts = torch.arange(count + 1, dtype=torch.int32, device=device) * nodes
         self.row_sequences, self.depths = zeros(rows), zeros(rows)
@@ -254,8 +256,9 @@ class StepGraphs:
         size = 1 << (requests - 1).bit_length()
         room = -(-(longest + 1) // ROOM) * ROOM
         found = self._texts.get(size)
-        if found is not None and found.owner is not None:
-            found.owner.land()
+        owner = found.owner() if found is not None and found.owner is not None else None
+        if owner is not None:
+            owner.land()
         if found is None or found.tokens.shape[1] < room:
             self._graphs = {k: g for k, g in self._graphs.items() if g.step.texts is not found}
             room = max(room, 2 * found.tokens.shape[1] if found else 0)
@@ -390,7 +393,7 @@ class CapturedLane:
             )
             self._texts = self.graphs.texts(len(lane.requests), longest)
             self._texts.load(lane)
-            self._texts.owner = self
+            self._texts.owner = weakref.ref(self)
             self._launch()
         if any(self._left(request) > len(self._flights) for request in self.lane.requests):
             self._launch()

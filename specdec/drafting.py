@@ -78,6 +78,8 @@ class Observation:
 class DraftBuffers:
     """Where a drafter works inside a captured step: device tensors that stay where they are.
 
+    They begin as trees of bare roots; only the roots' tokens are missing.
+
     Letters: B requests, T room for a text, N nodes of a tree, R = B * N rows.
     """
 
@@ -199,10 +201,6 @@ class RootsOnly(DeviceDrafter):
     def draft(self, buffers: DraftBuffers) -> None:
         last = buffers.text.gather(1, buffers.lengths[:, None] - 1)
         buffers.tokens.view(len(last), -1).copy_(last.expand(-1, buffers.nodes))
-        parents = buffers.parents.view(len(last), -1)
-        parents.zero_()
-        parents[:, 0] = -1
-        buffers.counts.fill_(1)
 
 
 class NoDraft(Drafter):

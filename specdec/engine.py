@@ -18,7 +18,8 @@ from specdec.batch import TreeBatch
 from specdec.captured import CapturedLane, Report, grounded
 from specdec.drafting import DraftContext, Filling, Observation, OwnCache
 from specdec.fused import FusedModel
-from specdec.load import Judgement, Lane, Load, Verdict, read, stacked
+from specdec.judge import Judgement, judge
+from specdec.load import Lane, Load, Verdict, read, stacked
 from specdec.pages import OutOfPages, check_count
 from specdec.request import Emission, Policy, Request, RequestError, Verified
 from specdec.sampling import Text
@@ -209,7 +210,7 @@ class Engine:
         try:
             with self._watch.phase("draft"):
                 proposals = [self._propose(lane) for lane in lanes]
-            load = Load(lanes, proposals, pieces)
+            load = Load(lanes, proposals, pieces, self.target.device)
             leased = self.target.cache.speculate(load.sequences, load.rows)
         except OutOfPages as error:  # of a drafter's own cache, or trees deeper than was asked for
             self._begin_again(lanes, error)
@@ -225,6 +226,7 @@ class Engine:
             with self._watch.phase("forward" if lanes else "prefill"):
                 tokens = load.tokens(plan.slots.device)
                 logits = self.target.forward(tokens, plan, keep=load.keep, taps=filling.taps)
+            load.score_prompts(logits)
             with self._watch.phase("draft"):
                 filling.fill(tokens, plan, lease)
             with self._watch.phase("accept"):
@@ -301,10 +303,9 @@ class Engine:
             here, roots = logits[row:][: len(trees.tokens)], starts[line:][: len(lane.requests)]
             policy = lane.policy
             texts = [Text((*r.padding, *r.tokens), r.row) for r in lane.requests]
-            scores = policy.sampler.scores(here, trees, texts)
-            target = policy.sampler.probs(scores) if policy.rule.samples else scores
-            outcome = policy.rule.verify(trees, target, Noise(lane.seeds, roots + 1))
-            judged.append(Judgement(outcome, scores, here, policy.rule.samples))
+            noise = Noise(lane.seeds, roots + 1)
+            keep = policy.keep or policy.observer is not None
+            judged.append(judge(policy.rule, policy.sampler, here, trees, texts, noise, keep=keep))
             row, line = row + len(here), line + len(roots)
         return judged
 

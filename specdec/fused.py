@@ -123,7 +123,7 @@ class FusedModel:
         body: Any = model.model
         self.embeddings: nn.Module = body.embed_tokens
         self.embedding_multiplier = float(getattr(body, "embedding_multiplier", 1.0))
-        self.rotary: nn.Module = body.rotary_emb
+        self.rotary: Any = body.rotary_emb
         self.layers = [
             self._layer(layer, call) for layer, call in zip(body.layers, calls, strict=True)
         ]
@@ -136,14 +136,7 @@ class FusedModel:
 
     def _layer(self, layer: Any, call: AttentionCall) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
-        qkv = (
-            [attention.qkv_proj]
-            if hasattr(attention, "qkv_proj")
-            else [attention.q_proj, attention.k_proj, attention.v_proj]
-        )
-        gate_up = (
-            [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
-        )
+        qkv, gate_up = _joined(layer)
 
         def norm(name: str | None) -> Norm | None:
             return None if name is None else _norm(getattr(layer, name))
@@ -170,15 +163,17 @@ class FusedModel:
     @property
     def current(self) -> bool:
         """Whether the model's modules and parameters are still those that are used here."""
-        return _parts(self.model) == self._parts and all(
-            product.current for layer in self.layers for product in layer.products
-        )
+        return _parts(self.model) == self._parts
 
     def unpack(self) -> None:
-        """Gives every parameter of the model a storage of its own again."""
-        for layer in self.layers:
-            for product in layer.products:
+        """Gives every parameter of the model a storage of its own again; it is not used anymore."""
+        while self.layers:  # the packed weights of a layer go before those of the next are copied
+            for product in self.layers.pop().products:
                 unpack(product)
+
+    def forget(self) -> None:
+        """Lets go of the packed weights, which are the model's parameters still or nobody's."""
+        self.layers.clear()
 
     def forward(
         self,
@@ -190,10 +185,15 @@ class FusedModel:
         taps: Taps | None = None,
     ) -> Tensor:
         """[kept rows, V] logits; see `Target.forward`."""
+        from specdec.kernels import layers  # needs Triton
+
         hidden = self.embeddings(tokens)
         if self.embedding_multiplier != 1.0:
             hidden = hidden * self.embedding_multiplier
-        cos, sin = (x[0] for x in self.rotary(hidden[None], plan.positions[None]))
+        # OLMo-2 rotates in float32.
+        dtype = torch.float32 if self.family.kind == "scale, cast" else hidden.dtype
+        frequencies, scaling = self.rotary.inv_freq, float(self.rotary.attention_scaling)
+        cos, sin = layers.rotary(plan.positions, frequencies.float(), scaling, dtype)
         branch: Branch | None = None
         for index, layer in enumerate(self.layers):
             given = self._enter(hidden, branch, layer.before_attention)
@@ -301,10 +301,29 @@ def unfit(model: PreTrainedModel, calls: Sequence[AttentionCall]) -> str | None:
         return f"its weights are of {_names(dtypes)} on {_names(devices)}"
     if not dtypes <= {torch.float32, torch.float16, torch.bfloat16}:
         return f"its weights are of {_names(dtypes)}"
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        return "its weights were made in inference mode"
     for name, module in model.named_modules():
+        name, kind = name or "the model", type(module)
+        if not kind.__module__.startswith(("transformers.", "torch.nn.modules.")):
+            return f"{name} is a {kind.__module__}.{kind.__name__}"
         if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
-            return f"{name or 'the model'} has a forward hook"
+            return f"{name} has a forward hook"
+        if "forward" in vars(module):
+            return f"{name} has a forward of its own"
     body: Any = model.model
+    if len(body.layers) != len(calls):
+        return f"it uses {len(calls)} of its {len(body.layers)} layers"
+    if type(model.get_output_embeddings()) is not nn.Linear:
+        return f"its head is a {type(model.get_output_embeddings()).__name__}"
+    weights = [
+        id(part.weight)
+        for layer in body.layers
+        for part in layer.modules()
+        if isinstance(part, nn.Linear)
+    ]
+    if len(set(weights)) < len(weights):
+        return "some of its layers share weights"
     for layer in body.layers:
         for name, part in [*layer.self_attn.named_children(), *layer.mlp.named_children()]:
             if name.endswith("_proj") and type(part) is not nn.Linear:
@@ -313,6 +332,9 @@ def unfit(model: PreTrainedModel, calls: Sequence[AttentionCall]) -> str | None:
                 return f"the weight of its {name} is a {type(part.weight).__name__}"
             if name.endswith("_proj") and part.weight.grad is not None:
                 return f"its {name} is being trained"
+        for parts in _joined(layer):
+            if len({part.bias is None for part in parts}) > 1:
+                return "only some of the products that read one input have a bias"
         if type(_activation(layer.mlp)).__name__ not in ACTIVATIONS:
             return f"its activation is {type(_activation(layer.mlp)).__name__}"
     if any(call.sinks is not None for call in calls):
@@ -323,10 +345,30 @@ def unfit(model: PreTrainedModel, calls: Sequence[AttentionCall]) -> str | None:
     return None
 
 
-def _parts(model: nn.Module) -> list[tuple[int, int]]:
-    """The modules that a model is made of, and how many hooks each has."""
+def _joined(layer: Any) -> tuple[list[nn.Linear], list[nn.Linear]]:
+    """The products of a layer that read the same input: for queries, keys, values; gate and up."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return (
+        [attention.qkv_proj]
+        if hasattr(attention, "qkv_proj")
+        else [attention.q_proj, attention.k_proj, attention.v_proj],
+        [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj],
+    )
+
+
+def _parts(model: nn.Module) -> list[tuple[nn.Module, int, bool, tuple[int, ...]]]:
+    """The modules that a model is made of, what was added to them, and where their tensors lie."""
     return [
-        (id(module), len(module._forward_hooks) + len(module._forward_pre_hooks))
+        (
+            module,
+            len(module._forward_hooks) + len(module._forward_pre_hooks),
+            "forward" in vars(module),
+            tuple(
+                0 if tensor is None else tensor.data_ptr()
+                for tensors in (module._parameters, module._buffers)
+                for tensor in tensors.values()
+            ),
+        )
         for module in modules_of(model)
     ]
 

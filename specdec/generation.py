@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    StoppingCriteria,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.generation.stopping_criteria import (
     MaxLengthCriteria,
     StoppingCriteriaList,
@@ -23,7 +29,9 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.engine import Engine
+from specdec.guidance import Guidance
 from specdec.noise import split_seeds
+from specdec.prompt_logprobs import PromptLogprobs, gathered
 from specdec.request import Emission, Request, RequestError
 from specdec.sampling import Sampler
 from specdec.stats import GenerationStats
@@ -42,6 +50,7 @@ SUPPORTED_OPTIONS = {
     "exponential_decay_length_penalty",
     "forced_bos_token_id",
     "forced_eos_token_id",
+    "guidance_scale",
     "max_length",
     "max_new_tokens",
     "max_time",
@@ -87,7 +96,7 @@ IRRELEVANT_OPTIONS = {
     "transformers_version",
     "use_cache",
 }
-NEUTRAL_VALUES: dict[str, object] = {"guidance_scale": 1, "num_beams": 1}
+NEUTRAL_VALUES: dict[str, object] = {"num_beams": 1}
 ALTERNATIVES = {
     "assistant_early_exit": "use drafter=specdec.drafters.DraftModel(model)",
     "assistant_model": "pass it as drafter= to specdec.wrap",
@@ -146,10 +155,16 @@ class Call:
         _check_options(generation_config)
         mask = model_kwargs.get("attention_mask")
         _check_model_inputs(input_ids, mask, model_kwargs)
+        processors = tuple(
+            Guidance.from_transformers(processor, input_ids)
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+            else processor
+            for processor in logits_processor
+        )
         return cls(
             input_ids,
             mask,
-            Sampler(generation_config.do_sample, tuple(logits_processor), len(input_ids)),
+            Sampler(generation_config.do_sample, processors, len(input_ids)),
             tuple(stopping_criteria),
             generation_config,
         )
@@ -327,9 +342,11 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
 
     Args:
         stats: the counts of the run.
+        prompt_logprobs: those of the prompts, if they were asked for.
     """
 
     stats: GenerationStats | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -399,11 +416,15 @@ def run(
     sequences = call.sequences(requests)
     if call.config.return_dict_in_generate:
         new = sequences.shape[1] - call.input_ids.shape[1]
+        asked = [r.prompt_scores for r in requests if r.prompt_scores is not None]
         return SpeculativeOutput(
             sequences=sequences,  # type: ignore[arg-type]
             scores=_by_token(scores, new) if call.config.output_scores else None,  # type: ignore[arg-type]
             logits=_by_token(logits, new) if call.config.output_logits else None,  # type: ignore[arg-type]
             stats=engine.stats,
+            prompt_logprobs=gathered(asked, call.input_ids.shape[1], call.input_ids.device)
+            if asked
+            else None,
         )
     return sequences
 

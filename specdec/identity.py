@@ -34,7 +34,7 @@ class Weights:
         """Equal for two moments between which K and V of a text are the same."""
         tensors: list[Tensor] = []
         adapters: list[Hashable] = []
-        hooks: list[int] = []  # their numbers, which torch gives only once
+        hooks: list[int] = []  # their numbers, which torch gives only once; -1: another forward
         for module in modules_of(self._model):
             tensors += [p for p in module._parameters.values() if p is not None]
             passing = module._non_persistent_buffers_set
@@ -42,6 +42,8 @@ class Weights:
                 if buffer is not None and name not in passing:
                     tensors.append(buffer)
             hooks += [*module._forward_hooks, *module._forward_pre_hooks]
+            if "forward" in vars(module):
+                hooks.append(-1)
             if hasattr(type(module), "active_adapters"):
                 adapters += _adapters(module)
         identities = [_identity(tensor) for tensor in tensors]

@@ -12,10 +12,10 @@ from torch import Tensor
 from specdec.attention import AttentionPlan
 from specdec.batch import TreeBatch
 from specdec.bits import chain_words
+from specdec.judge import Judgement
 from specdec.request import Policy, Request
 from specdec.speculation import Speculation
 from specdec.transfer import upload
-from specdec.verify import Outcome
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Load:
     lanes: Sequence[Lane]
     proposals: Sequence[TreeBatch]
     pieces: Sequence[tuple[Request, int]]
+    device: torch.device
 
     @property
     def sequences(self) -> list[int]:
@@ -63,10 +64,34 @@ class Load:
         """Whose logits are needed, as `Target.forward` takes it: those of the trees."""
         if not self.pieces:
             return 0
+        rows = sum(len(trees.tokens) for trees in self.proposals)
+        asked = [row for _, first, count in self.asked for row in range(first, first + count)]
+        if asked:
+            return upload([*range(rows), *(rows + row for row in asked)], self.device)
         if not self.lanes:
             return 1  # none, but models want to compute some
-        rows = sum(len(trees.tokens) for trees in self.proposals)
         return torch.arange(rows, device=self.proposals[0].device)
+
+    @cached_property
+    def asked(self) -> list[tuple[Request, int, int]]:
+        """Pieces of prompts whose log-probabilities are asked for: request, first row, rows.
+
+        Rows are counted behind those of the trees.
+        """
+        found, row = [], 0
+        for request, count in self.pieces:
+            if request.prompt_scores is not None and request.cached < request.prompt_length - 1:
+                found.append((request, row, count))
+            row += count
+        return found
+
+    def score_prompts(self, logits: Tensor) -> None:
+        """Hands the kept rows of prompts to who asked for them."""
+        row = sum(len(trees.tokens) for trees in self.proposals)
+        for request, _, count in self.asked:
+            assert request.prompt_scores is not None
+            request.prompt_scores.add(request.cached, request.tokens, logits[row : row + count])
+            row += count
 
     def plan(self, lease: Speculation) -> AttentionPlan:
         """Trees first, then pieces of prompts, which are chains."""
@@ -96,20 +121,6 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What a rule decided for the trees of a lane, and from what."""
-
-    outcome: Outcome
-    scores: Tensor  # [R, V], after the sampling options
-    logits: Tensor  # [R, V]
-    sampled: bool
-
-    def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and logits of some rows, float32."""
-        return self.scores[rows].float(), self.logits[rows].float()
-
-
-@dataclass(frozen=True)
 class Verdict:
     """An outcome on the host, by tree. Paths and tokens begin with the root."""
 
@@ -126,16 +137,13 @@ def read(trees: TreeBatch, judgement: Judgement) -> Verdict:
     """Brings an outcome to the host: one copy, the only time a step waits for the device."""
     outcome = judgement.outcome
     rows = trees.offsets[:, None] + outcome.paths.clamp_min(0)
-    best = judgement.scores[rows].amax(-1)
-    # Greedy decoding may follow an infinite score; nothing can be drawn by one.
-    healthy = (best.isfinite() if judgement.sampled else best > float("-inf")).all(1)
     packed = torch.cat(
         [
             outcome.paths,
             trees.tokens[rows],
             outcome.next_tokens[:, None],
             outcome.continued[:, None].long(),
-            healthy[:, None].long(),
+            judgement.healthy[:, None].long(),
         ],
         dim=1,
     )

@@ -21,14 +21,6 @@ class Packed:
     weight: Tensor  # [sum of outputs, D]
     bias: Tensor | None  # [sum of outputs]
 
-    @property
-    def current(self) -> bool:
-        """Whether the layers' parameters are still the rows of this weight."""
-        return _rows_of(self.weight, [layer.weight for layer in self.layers]) and (
-            self.bias is None
-            or _rows_of(self.bias, [layer.bias for layer in self.layers if layer.bias is not None])
-        )
-
 
 @torch.no_grad()
 def pack(layers: Sequence[nn.Linear]) -> Packed:
@@ -44,12 +36,12 @@ def pack(layers: Sequence[nn.Linear]) -> Packed:
 
 @torch.no_grad()
 def unpack(packed: Packed) -> None:
-    """Gives every layer a storage of its own again."""
-    if len(packed.layers) == 1 or not packed.current:
+    """Gives every layer a storage of its own again, but for parameters replaced since."""
+    if len(packed.layers) == 1:
         return
     for layer in packed.layers:
-        for parameter in (layer.weight, layer.bias):
-            if parameter is not None:
+        for parameter, whole in ((layer.weight, packed.weight), (layer.bias, packed.bias)):
+            if parameter is not None and whole is not None and _shares(parameter, whole):
                 parameter.data = parameter.data.clone()
 
 
@@ -82,10 +74,5 @@ def _adjoin(parameters: Sequence[Tensor]) -> bool:
     return True
 
 
-def _rows_of(whole: Tensor, parameters: Sequence[Tensor]) -> bool:
-    address = whole.data_ptr()
-    for parameter in parameters:
-        if parameter.data_ptr() != address or parameter.dtype != whole.dtype:
-            return False
-        address += parameter.numel() * parameter.element_size()
-    return True
+def _shares(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafting import Drafter, Observation
+from specdec.prompt_logprobs import PromptScores
 from specdec.sampling import Sampler
 from specdec.tree import ProposalLaw
 from specdec.verify import AcceptanceRule
@@ -63,6 +64,8 @@ class Request:
     """A sequence of the cache that holds a beginning of it, if it does not have to be found."""
     heir: Callable[[int], object] | None = None
     """Is given its sequence when it is finished, which is released otherwise."""
+    prompt_scores: PromptScores | None = None
+    """Collects what the model thinks of the prompt; then nothing of it comes from the cache."""
     prompt_length: int = field(init=False)
     number: int = field(init=False, default_factory=count().__next__)
     """Never given twice, so that a drafter can serve several runs at once; rises with arrival."""

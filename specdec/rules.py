@@ -56,7 +56,13 @@ class _Likeliest(DeviceChoice):
     def choose(
         self, logits: Tensor, seeds: Tensor, lengths: Tensor, depths: Tensor
     ) -> tuple[Tensor, Tensor]:
-        best, tokens = self.sampler.node_scores(logits).max(-1)
+        scores = self.sampler.node_scores(logits)
+        if scores.is_cuda:
+            from specdec.kernels import vocab  # needs Triton
+
+            best, tokens = vocab.greatest(scores)
+        else:
+            best, tokens = scores.max(-1)
         return tokens, best
 
 
@@ -86,6 +92,21 @@ class _Sample(DeviceChoice):
     def choose(
         self, logits: Tensor, seeds: Tensor, lengths: Tensor, depths: Tensor
     ) -> tuple[Tensor, Tensor]:
+        if logits.is_cuda and self.sampler.cuts is not None:
+            from specdec.kernels import vocab  # needs Triton
+
+            count, nodes = depths.shape
+            rows = vocab.distributions(
+                logits,
+                self.sampler.cuts,
+                seeds=seeds,
+                positions=lengths,
+                tree=torch.arange(count, device=depths.device).repeat_interleave(
+                    nodes, output_size=count * nodes
+                ),
+                depths=depths.flatten(),
+            )
+            return rows.tokens, rows.best
         scores = self.sampler.node_scores(logits)
         numbers = uniform(seeds[:, None], lengths[:, None] + depths, Purpose.SAMPLE)
         best = scores.amax(-1)
@@ -239,15 +260,7 @@ class _Lossy(AcceptanceRule):
         """[R] bool, given [R, V] behind each node's parent and [R] its token."""
 
     def verify(self, trees: TreeBatch, target: Tensor, noise: Noise) -> Outcome:
-        above = trees.offsets[trees.tree] + trees.parents.clamp_min(0)
-        good = self.accepts(target[above], trees.tokens) | (trees.parents < 0)
-        for _ in range(trees.max_depth):
-            good = good & good[above]
-        count = len(trees.tokens)
-        place = torch.arange(count, device=trees.device)
-        key = torch.where(good, trees.depths * count + (count - 1 - place), -1)
-        best = torch.full_like(trees.offsets, -1).scatter_reduce(0, trees.tree, key, "amax")
-        rows = count - 1 - best % count
+        rows = _deepest(trees, self.accepts(target[_above(trees)], trees.tokens))
         index = torch.arange(len(trees.sizes), device=trees.device)
         tokens = draw(target[rows], noise.at(index, trees.depths[rows], Purpose.SAMPLE))
         return Outcome(paths_to(trees, rows), tokens, (trees.children[rows] >= 0).any(1))
@@ -354,10 +367,26 @@ def check_rule(rule: object) -> None:
 
 def _match(trees: TreeBatch, choice: Tensor) -> Outcome:
     """Follows the tokens [R] that the target chose after each node, as far as they are there."""
+    rows = _deepest(trees, trees.tokens == choice[_above(trees)])
+    return Outcome(paths_to(trees, rows), choice[rows], (trees.children[rows] >= 0).any(1))
 
-    def decide(rows: Tensor, kids: Tensor, depth: int) -> Tensor:
-        return trees.tokens[kids.clamp_min(0)] == choice[rows][:, None]
 
-    paths, continued = walk(trees, decide)
-    last = paths.amax(1)  # parents precede children, so the deepest node has the largest index
-    return Outcome(paths, choice[trees.offsets + last], continued)
+def _above(trees: TreeBatch) -> Tensor:
+    """[R], the row of each node's parent; a root's own."""
+    return trees.offsets[trees.tree] + trees.parents.clamp_min(0)
+
+
+def _deepest(trees: TreeBatch, good: Tensor) -> Tensor:
+    """[B], the first of the deepest rows that are `good` [R] with all their ancestors.
+
+    Roots are, whatever `good` says of them.
+    """
+    above = _above(trees)
+    good = good | (trees.parents < 0)
+    for _ in range(trees.max_depth):
+        good = good & good[above]
+    count = len(trees.tokens)
+    place = torch.arange(count, device=trees.device)
+    key = torch.where(good, trees.depths * count + (count - 1 - place), -1)
+    best = torch.full_like(trees.offsets, -1).scatter_reduce(0, trees.tree, key, "amax")
+    return count - 1 - best % count

@@ -6,6 +6,7 @@ Letters: R rows (nodes of all trees), B trees, V vocabulary, L tokens of a text,
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
@@ -43,6 +44,7 @@ from transformers import (
 from transformers.generation.logits_process import ExponentialDecayLengthPenalty, TopHLogitsWarper
 
 from specdec.batch import TreeBatch
+from specdec.kernels.options import Cuts
 from specdec.transfer import upload
 
 OF_LOGITS = (
@@ -78,7 +80,7 @@ OF_TEXT = (
 """They look at the text as well, row by row: all nodes with texts of one length at once."""
 
 REFUSED = {
-    UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance runs a second model of its own",
+    UnbatchedClassifierFreeGuidanceLogitsProcessor: "it remembers one text; use guidance_scale",
     SynthIDTextWatermarkLogitsProcessor: "it remembers its last call, and trees have many",
 }
 
@@ -98,6 +100,9 @@ class TreeProcessor(LogitsProcessor):
     @abstractmethod
     def process_trees(self, scores: Tensor, histories: Histories) -> Tensor:
         """[R, V] float32 scores behind each node to the same, processed."""
+
+    def end(self, row: int) -> None:
+        """The request of a row stops running, finished or not; it may come back."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,28 @@ class Sampler:
             reason = REFUSED.get(type(processor))
             if reason is not None:
                 raise NotImplementedError(f"{type(processor).__name__} is not supported: {reason}")
+
+    @cached_property
+    def cuts(self) -> Cuts | None:
+        """The options as the kernels know them; None if there are others, or in another order."""
+        found: dict[type, LogitsProcessor] = {type(p): p for p in self.processors}
+        kinds = [TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper]
+        if [type(p) for p in self.processors] != [kind for kind in kinds if kind in found]:
+            return None
+        if any(
+            getattr(p, "filter_value", -math.inf) != -math.inf
+            or getattr(p, "min_tokens_to_keep", 1) != 1
+            for p in self.processors
+        ):
+            return None
+        names = ("temperature", "top_k", "top_p", "min_p")
+        return Cuts(
+            **{
+                name: getattr(found[kind], name)
+                for name, kind in zip(names, kinds, strict=True)
+                if kind in found
+            }
+        )
 
     @cached_property
     def _of_logits(self) -> tuple[LogitsProcessor, ...]:
@@ -203,6 +230,12 @@ class Sampler:
                 many = scores[row].expand(self.rows, -1).clone()
                 processed[row] = processor(text.expand(self.rows, -1), many)[place]
         return processed
+
+    def end(self, row: int) -> None:
+        """Tells processors that keep something for a request that it stops running."""
+        for processor in self.processors:
+            if isinstance(processor, TreeProcessor):
+                processor.end(row)
 
     def probs(self, scores: Tensor) -> Tensor:
         """[R, V] float32 distributions of the next tokens; rows sum to one."""

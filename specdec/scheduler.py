@@ -134,9 +134,11 @@ class Scheduler:
         """Starts a request, unless another one is about to compute what it begins with."""
         cache, text = self.cache, request.tokens[:-1]
         request.key = key
+        # What a model thinks of a prompt is only known to the pass that computes it.
+        reuse = self.prefix_cache and request.prompt_scores is None
         own = self.target.layers_of(self.policy_of(request).drafter)
-        leader, common = self._leader(request, own) if self.prefix_cache else (None, 0)
-        known = len(cache.prefixes.match(text, key, own=own)) if self.prefix_cache else 0
+        leader, common = self._leader(request, own) if reuse else (None, 0)
+        known = len(cache.prefixes.match(text, key, own=own)) if reuse else 0
         known *= cache.pool.page_size
         given = 0
         if request.origin is not None:
@@ -148,7 +150,7 @@ class Scheduler:
             request.sequence = cache.fork(leader.sequence, common)
         elif request.origin is not None and given >= known:
             request.sequence = cache.fork(request.origin, given)
-        elif self.prefix_cache:
+        elif reuse:
             request.sequence = cache.admit(text, key=key, own=own)
         else:
             request.sequence = cache.admit()
@@ -229,6 +231,7 @@ class Scheduler:
     def stop(self, request: Request) -> None:
         """Gives a running request's pages back; full ones stay in the prefix tree."""
         try:
+            self.policy_of(request).sampler.end(request.row)
             self.policy_of(request).drafter.end([request.number])
         finally:
             if self._may_share(request):

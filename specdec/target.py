@@ -136,10 +136,18 @@ class Target:
     def _fit(self) -> None:
         """Chooses who computes the layers, by what the model is now."""
         self.unfit = self._unfit(self._asked, self._calls)
-        if self.unfit is not None:
-            self.fused = None
-        elif self.fused is None or not self.fused.current:
-            self.fused = FusedModel(self.model, self._calls)
+        if self.fused is not None:
+            if self.unfit is None and self.fused.current:
+                return
+            self.fused.forget()  # there may be no room for two
+        self.fused = None if self.unfit else FusedModel(self.model, self._calls)
+
+    def unpack(self) -> None:
+        """Lets the model's parameters lie where they would without a wrapper."""
+        if self.fused is not None:
+            with self.lock:
+                self.fused.unpack()
+                self.fused, self.unfit = None, "the model was unwrapped"
 
     @torch.no_grad()
     def _probe(self) -> tuple[list[AttentionCall], int]:

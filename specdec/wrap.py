@@ -31,7 +31,9 @@ from specdec.generation import (
     stop_string_criteria,
     stream,
 )
+from specdec.guidance import bind
 from specdec.pages import check_count
+from specdec.prompt_logprobs import PromptScores
 from specdec.request import Policy, Request, Verified, token_ids
 from specdec.rules import check_rule, select_rule
 from specdec.sampling import Sampler
@@ -185,6 +187,7 @@ class SpeculativeModel:
         generator: torch.Generator | None = None,
         tokenizer: Any = None,
         cache_key: Hashable = None,
+        prompt_logprobs: int | None = None,
         **options: Any,
     ) -> Tensor | SpeculativeOutput:
         """transformers' `generate()`, with its options, shapes, padding and return types.
@@ -202,6 +205,10 @@ class SpeculativeModel:
             cache_key: only calls with equal keys reuse each other's prompts; give every tenant its
                 own, since how long a prompt takes tells whether somebody has sent it before
                 (InputSnatch, arXiv 2411.18191).
+            prompt_logprobs: also report the log-probability of every token of the prompts, and so
+                many of the likeliest tokens beside it; 0 for none beside. In the output as
+                `prompt_logprobs`, with `return_dict_in_generate=True`. Such a call computes its
+                prompts whole, also what is cached of them; others may reuse what it computed.
             options: everything else `generate()` takes: `attention_mask`, `max_new_tokens`,
                 `do_sample`, `temperature`, `top_k`, `top_p`, `eos_token_id`, `stop_strings`,
                 `num_return_sequences`, `return_dict_in_generate`, ...
@@ -218,7 +225,8 @@ class SpeculativeModel:
         call = self._prepare(
             inputs, generation_config, logits_processor, stopping_criteria, tokenizer, options
         )
-        return self._run(call, streamer, seed, generator, cache_key, observer)
+        top = _check_logprobs(prompt_logprobs, call, self._driven().vocab_size)
+        return self._run(call, streamer, seed, generator, cache_key, observer, top)
 
     def stream(
         self,
@@ -389,7 +397,8 @@ class SpeculativeModel:
             can_draft=chosen.can_draft,
         )
         size = self.nodes if nodes is None else nodes
-        return Policy(chosen, accepts, call.sampler, size, law, call.keeps_scores, self.adaptive)
+        sampler = bind(call.sampler, target)
+        return Policy(chosen, accepts, sampler, size, law, call.keeps_scores, self.adaptive)
 
     def _greedy_policy(self) -> Policy:
         drafter = self.drafter
@@ -410,14 +419,23 @@ class SpeculativeModel:
         generator: torch.Generator | None,
         cache_key: Hashable,
         observer: Callable[[Verified], object] | None = None,
+        prompt_logprobs: int | None = None,
     ) -> Tensor | SpeculativeOutput:
         engine = self._engine(call, observer)
         requests = call.requests(_seed(call, seed, generator), cache_key)
+        if prompt_logprobs is not None:
+            for request in requests:
+                request.prompt_scores = PromptScores(request.prompt_length, prompt_logprobs)
         return run(call, engine, requests, streamer)
 
     def unwrap(self) -> Any:
-        """Frees the cache and returns the model that was wrapped."""
+        """Frees the cache, gives the model's weights their own storages again, and returns it.
+
+        Other wrappers of the model go on; they pack its weights again when they need them.
+        """
         model = self._wrapped()
+        if self._target is not None:
+            self._target.unpack()
         self._model, self._target = None, None
         return model
 
@@ -558,6 +576,16 @@ def _check_single(options: dict[str, Any]) -> None:
         )
     if options.get("num_return_sequences") not in (None, 1):
         raise refuse("num_return_sequences", options["num_return_sequences"])
+
+
+def _check_logprobs(top: int | None, call: Call, vocab_size: int) -> int | None:
+    if top is None:
+        return None
+    if isinstance(top, bool) or not isinstance(top, int) or not 0 <= top <= vocab_size:
+        raise ValueError(f"prompt_logprobs: expected 0 to {vocab_size}, got {top!r}")
+    if not call.config.return_dict_in_generate:
+        raise ValueError("prompt_logprobs: pass return_dict_in_generate=True, to get them")
+    return top
 
 
 def _check_rows(call: Call, count: int) -> None:

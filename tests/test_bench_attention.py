@@ -275,7 +275,7 @@ def test_only_what_is_right_is_timed_and_nothing_fails_in_silence(
     monkeypatch.setattr(bench.ceilings, "measure", lambda device: CEILINGS)
     monkeypatch.setattr(bench, "Data", partial(Data, sets=1))
     monkeypatch.setattr(bench, "provenance", lambda *_: {})
-    monkeypatch.setattr(bench, "_clocks", lambda _: {})
+    monkeypatch.setattr(bench, "clocks", lambda _: {})
     monkeypatch.setattr(bench, "_broken", lambda _: None)
 
     def wrong(data: Data) -> Any:

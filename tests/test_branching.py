@@ -250,3 +250,12 @@ def test_tree_of_thought_keeps_the_best_lines(hf_model: Any, model: Any) -> None
     expected = direct_score(hf_model, prompt + line, verdict)
     assert scores[-1] == pytest.approx(expected, rel=1e-4)
     nothing_left(model)
+
+
+def test_an_own_drafter_is_proved_lossless(hf_model: Any) -> None:
+    module = example("own_drafter")
+    habits = module.Habits([torch.randint(97, (3000,)).tolist()])
+    prompt = torch.tensor([random_text(20)])
+    verdict = module.prove(hf_model, habits, prompt, samples=400, tokens=2, bins=4, temperature=2.0)
+    assert verdict.passed
+    assert verdict.tokens_per_step > 1

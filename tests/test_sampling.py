@@ -72,6 +72,12 @@ DETERMINISTIC: dict[str, dict[str, Any]] = {
     "encoder's n-grams": {"encoder_no_repeat_ngram_size": 1},
     "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": evens_after_odds},
     "watermark": {"watermarking_config": WatermarkingConfig(bias=4.0, seeding_scheme="lefthash")},
+    "guidance": {"guidance_scale": 1.8},
+    "guidance by a negative prompt": {
+        "guidance_scale": 2.5,
+        "negative_prompt_ids": torch.arange(5, 20).view(3, 5),
+        "repetition_penalty": 1.2,
+    },
     "invalid values": {"remove_invalid_values": True},
     "renormalized": {"renormalize_logits": True},
     "a user's processor": {"logits_processor": LogitsProcessorList([Calm(3)])},

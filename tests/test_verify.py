@@ -83,10 +83,10 @@ def test_greedy_takes_the_deepest_path_of_likeliest_tokens() -> None:
     for row, token in enumerate([2, 0, 3, 7, 0, 6, 1, 8, 5, 0]):
         logits[row, token] = 1
     outcome = Greedy().verify(batch, logits, noise(3))
-    assert outcome.paths.tolist() == [[0, 2, 3, -1], [0, -1, -1, -1], [0, 1, -1, -1]]
-    assert outcome.next_tokens.tolist() == [7, 6, 8]
+    assert outcome.paths.tolist() == [[0, 2, 3, -1], [0, -1, -1, -1], [0, 2, 3, -1]]
+    assert outcome.next_tokens.tolist() == [7, 6, 0]
     assert outcome.continued.tolist() == [True, False, False]
-    assert outcome.lengths.tolist() == [3, 1, 2]
+    assert outcome.lengths.tolist() == [3, 1, 3]
 
 
 @pytest.mark.parametrize("rule", [SampleAndMatch(), MultiRound(), Traversal(), Typical()])

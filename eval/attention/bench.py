@@ -11,13 +11,11 @@ import gc
 import math
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import triton
@@ -29,16 +27,13 @@ from specdec.eval.attention import ceilings, clock, peers
 from specdec.eval.attention.cases import Case
 from specdec.eval.attention.data import Data
 from specdec.eval.attention.report import OURS, CaseResult, Ceilings, Counters, Result, Row
+from specdec.eval.provenance import checkout, clocks
 from specdec.kernels import flash
 from specdec.kernels import worklist as work
 from specdec.kernels.partition import Mode
 
 GATE = 1e-2
 """The largest relative L2 deviation from float64 of a request and head that is timed."""
-
-CLOCKS = (
-    "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,temperature.gpu"
-)
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ def run(
             result.stopped = f"time was up before {case.label}"
             break
         result.cases.append(measure(case, chosen, result.ceilings, device, dtype))
-        result.provenance["clocks_after"] = _clocks(device)
+        result.provenance["clocks_after"] = clocks(device)
         after_case(result)
         broken = _broken(device)
         if broken is not None:
@@ -225,13 +220,13 @@ def partial_bytes(data: Data, mode: Mode) -> int:
 def provenance(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
     """Where and with what the numbers are made."""
     properties = torch.cuda.get_device_properties(device)
-    clocks = _clocks(device)
+    now = clocks(device)
     return {
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["specdec", *sys.argv[1:]]),
-        **_checkout(),
+        **checkout(),
         "device": properties.name,
-        "driver": clocks.get("driver_version"),
+        "driver": now.get("driver_version"),
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "dtype": str(dtype).removeprefix("torch."),
@@ -240,39 +235,8 @@ def provenance(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "specdec": specdec.__version__,
-        "clocks_before": clocks,
+        "clocks_before": now,
     }
-
-
-def _checkout() -> dict[str, object]:
-    """The commit that runs and whether its files were changed; null outside of a checkout."""
-    file = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=file.parent, capture_output=True, text=True, check=False
-            )
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    # An installed copy may lie within somebody else's checkout.
-    if git("ls-files", "--error-unmatch", str(file)) is None:
-        return {"commit": None, "dirty": None}
-    return {"commit": git("rev-parse", "HEAD"), "dirty": git("status", "--porcelain") != ""}
-
-
-def _clocks(device: torch.device) -> dict[str, str]:
-    """What nvidia-smi says; empty without it."""
-    uuid = torch.cuda.get_device_properties(device).uuid
-    query = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={CLOCKS}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, check=False)
-    except OSError:
-        return {}
-    values = [value.strip() for value in done.stdout.split(",")]
-    return dict(zip(CLOCKS.split(","), values, strict=False)) if done.returncode == 0 else {}
 
 
 def _broken(device: torch.device) -> str | None:

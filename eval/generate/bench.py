@@ -33,6 +33,10 @@ PARTS = {
 """Parts of a step by words in the names of their kernels; the first that fits counts."""
 
 
+CONTEXT = 1024
+"""Tokens before the steps that are taken apart."""
+
+
 @dataclass
 class Timed:
     """One prompt with one arm."""
@@ -156,7 +160,7 @@ def run(
         if arm.wrapped is not None and found.error is None:
             pool = arm.wrapped.cache.pool
             found.pool_bytes = pool.page_bytes * (pool.num_pages + 1)
-            for step in _steps(arm, prompts[-1][1]):
+            for step in _steps(arm, _context(prompts)):
                 if step.nodes not in {s.nodes for s in result.steps}:
                     result.steps.append(step)
         after_arm(result)
@@ -200,6 +204,12 @@ def _timed(arm: Arm, prompt: Tensor, new: int) -> tuple[float, Any]:
     answer = arm.run(prompt, new)
     torch.cuda.synchronize()
     return time.perf_counter() - begin, answer
+
+
+def _context(prompts: Sequence[tuple[str, Tensor]]) -> Tensor:
+    """[1, CONTEXT] tokens of the prompts one after another, as often as it takes."""
+    joined = torch.cat([ids for _, ids in prompts], 1)
+    return joined.repeat(1, -(-CONTEXT // joined.shape[1]))[:, :CONTEXT]
 
 
 def _steps(arm: Arm, prompt: Tensor) -> list[StepResult]:
