@@ -290,6 +290,7 @@ def test_a_run_does_not_differ_from_itself(
     done: RunFolder,
 ) -> None:
     assert {d.verdict for d in differences(done, done)} == {"no difference", ""}
+    assert all(d.before > 0 for d in differences(done, done)), "the plain loop wastes no drafts"
     result = CliRunner().invoke(app, ["eval", "compare", str(done.path), str(done.path)])
     assert "no difference" in result.stdout.splitlines()[-1]
 
