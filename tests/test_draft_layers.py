@@ -204,19 +204,20 @@ def test_requests_with_and_without_it_run_together_and_branches_go_on(hf_model: 
     nothing_left(model)
 
 
-@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma2"])
-def test_taps_see_the_hidden_states_of_transformers(name: str) -> None:
+@pytest.mark.parametrize("layers", ["transformers", "fused"])
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_taps_see_the_hidden_states_of_transformers(name: str, layers: Any) -> None:
     model = tiny_model(name)
     text = torch.tensor(random_text(9))
     expected = model(text[None], output_hidden_states=True).hidden_states
-    target = Target(model)
-    sequence = target.cache.admit()
-    layers = len(expected) - 1
-    taps = Taps(frozenset({0, 1, layers, -1, -2}))
+    target = Target(tiny_model(name), layers=layers)  # transformers left hooks in the other one
+    assert (target.fused is not None) == (layers == "fused")
+    sequence, last = target.cache.admit(), len(expected) - 1
+    taps = Taps(frozenset({0, 1, last, -1, -2}))
     with target.cache.speculate([sequence], [9]) as lease:
         target.forward(text, lease.plan_chains(), keep=1, taps=taps)
-        with pytest.raises(ValueError, match=f"hidden_layers: expected -{layers + 1} to {layers}"):
-            target.forward(text, lease.plan_chains(), taps=Taps(frozenset({layers + 1})))
+        with pytest.raises(ValueError, match=f"hidden_layers: expected -{last + 1} to {last}"):
+            target.forward(text, lease.plan_chains(), taps=Taps(frozenset({last + 1})))
     for layer, state in taps.states.items():
         torch.testing.assert_close(state, expected[layer][0], rtol=1e-4, atol=1e-4)
-    assert taps.states.keys() == {0, 1, layers, -1, -2}
+    assert taps.states.keys() == {0, 1, last, -1, -2}
