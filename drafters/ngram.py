@@ -17,19 +17,10 @@ from specdec.tree import TokenTree
 Match = tuple[int, float]  # place behind an earlier occurrence of the last token, weight
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A node that may join the tree."""
-
-    chance: float  # of its whole path
-    matches: list[Match]  # the occurrences that it continues
-    token: int
-    parent: int
-    depth: int
-
-    def __lt__(self, other: _Candidate) -> bool:
-        """The likelier path first; among equals the one that occurred later."""
-        return (self.chance, self.matches[-1][0]) > (other.chance, other.matches[-1][0])
+Candidate = tuple[float, int, list[Match], int, int, int]
+"""A node that may join the tree: minus the chance of its whole path, minus the latest place that it
+continues, those places, its token, parent and depth. The least is the likeliest, among equals the
+one that occurred later; no two continue the same place, so nothing behind is compared."""
 
 
 @dataclass(frozen=True)
@@ -59,21 +50,19 @@ class NGram(SequenceDrafter):
 
     def draft(self, tokens: Sequence[int], nodes: int) -> TokenTree:
         out, parents = [tokens[-1]], [-1]
-        heap: list[_Candidate] = []
+        heap: list[Candidate] = []
         self._add_children(heap, tokens, self._matches(np.asarray(tokens)), 0, 0, 1.0)
         while heap and len(out) < nodes:
-            best = heapq.heappop(heap)
-            out.append(best.token)
-            parents.append(best.parent)
-            if best.depth < self.depth:
-                self._add_children(
-                    heap, tokens, best.matches, len(out) - 1, best.depth, best.chance
-                )
+            chance, _, matches, token, parent, depth = heapq.heappop(heap)
+            out.append(token)
+            parents.append(parent)
+            if depth < self.depth:
+                self._add_children(heap, tokens, matches, len(out) - 1, depth, -chance)
         return TokenTree.from_lists(out, parents)
 
     def _add_children(
         self,
-        heap: list[_Candidate],
+        heap: list[Candidate],
         tokens: Sequence[int],
         matches: list[Match],
         parent: int,
@@ -82,25 +71,31 @@ class NGram(SequenceDrafter):
     ) -> None:
         """Adds what the matches say comes next, below node `parent` of the given depth."""
         voters: dict[int, list[Match]] = {}
-        for place, weight in matches:
-            if place + depth < len(tokens):
-                voters.setdefault(tokens[place + depth], []).append((place, weight))
-        total = sum(weight for _, weight in matches)
+        total, end = 0.0, len(tokens) - depth
+        for match in matches:
+            total += match[1]
+            if match[0] < end:
+                voters.setdefault(tokens[match[0] + depth], []).append(match)
         for token, group in voters.items():
             share = sum(weight for _, weight in group) / total
+            latest = group[-1][0]
             heapq.heappush(
-                heap, _Candidate(chance * share * self.DECAY, group, token, parent, depth + 1)
+                heap, (-chance * share * self.DECAY, -latest, group, token, parent, depth + 1)
             )
 
     def _matches(self, text: NDArray[np.int64]) -> list[Match]:
         """The places behind earlier occurrences of the last token, weighted by what agrees."""
         ends = np.flatnonzero(text[:-1] == text[-1])[-self.max_matches :]
         length = np.ones(len(ends), dtype=np.int64)
-        agree = np.ones(len(ends), dtype=bool)
+        agreeing = np.arange(len(ends))
         for back in range(1, min(self.max_ngram, len(text) - 1)):
-            agree &= (ends >= back) & (text[ends - back] == text[-1 - back])
-            length[agree] += 1
-        return [(int(end) + 1, 2.0**n) for end, n in zip(ends, length, strict=True)]
+            # Before the text's beginning, where the index is negative, nothing agrees.
+            before = ends[agreeing] - back
+            agreeing = agreeing[(before >= 0) & (text[before] == text[-1 - back])]
+            if not len(agreeing):
+                break
+            length[agreeing] += 1
+        return list(zip((ends + 1).tolist(), np.ldexp(1.0, length).tolist(), strict=True))
 
 
 class _DeviceNGram(DeviceDrafter):

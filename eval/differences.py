@@ -129,8 +129,8 @@ def _difference(
         return None
     tables = [np.array([side[prompt] for prompt in prompts]).T for side in sums]
     before, after = (float(ratio(table)) for table in tables)
-    if not (np.isfinite(before) and np.isfinite(after)):
-        return None
+    if not (np.isfinite(before) and np.isfinite(after)) or before == after == 0:
+        return None  # nothing was drafted, or nothing accepted
     low, high = interval(_change, np.concatenate(tables))
     p_value = _p_value(*tables) if metric.name in JUDGED and len(prompts) > 1 else None
     return Difference(

@@ -2,15 +2,19 @@
 
     python -m specdec.eval.serving --model smollm2-135m --dtype bfloat16 --json serving.json
 
-Four measurements, each against its honest opposite on the same model:
+Five measurements, each against its honest opposite on the same model in the same dtype:
 
 * `batch`: tokens per second against batch size, with private prompts and with a shared one, beside
-  transformers' `generate`; and the loop's own time as a share of the step.
-* `prefill`: prompts of lognormal lengths, packed, against transformers' pass over the padded batch.
+  transformers' `generate` (which shares nothing, so its private prompts stand for both).
+* `loop`: what a step of the largest batch costs besides the model, with and without drafts.
+* `prefill`: prompts of lognormal lengths, packed, against the same prompts padded, here and in
+  transformers.
 * `few-shot`: DeFT's questions below one long prompt, with sharing on and off.
 * `thought`: a tree of thought that branches at every level, with sharing on and off.
 
-Every arm computes its prompts anew. Text is random tokens; only greedy decoding is timed.
+Every arm computes its prompts anew. Text is random tokens; only greedy decoding is timed. Each arm
+runs once to warm up, in which some steps are profiled, and once to be timed. Rows are written as
+they come, and what there is no time left for is left out and named.
 """
 
 from __future__ import annotations
@@ -19,8 +23,9 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,14 +38,33 @@ from transformers import AutoModelForCausalLM
 
 import specdec
 from specdec import models
-from specdec.generation import SpeculativeOutput
+from specdec.drafters import NGram
+from specdec.drafting import Drafter, NoDraft
+from specdec.engine import Engine
+from specdec.eval.generate import shapes
+from specdec.eval.kernel_times import kernel_times
+from specdec.stats import GenerationStats
 
 out, err = Console(), Console(stderr=True)
+
+MEASUREMENTS = {"batch": 0.45, "loop": 0.55, "prefill": 0.65, "few-shot": 0.85, "thought": 1.0}
+"""When each has to be over, as a share of the time there is."""
+PLAIN = NoDraft()
+PASS = 8192
+"""Rows of one pass, here and there: prompts are a load to get through, nobody waits for a token."""
+PROFILED = 5
+"""Decoding steps that are profiled, behind as many that are not."""
+ATTENTION = ("_attend_kernel", "_merge_kernel")
+LOOP = (
+    *("_draft_kernel", "_place_kernel", "_requests", "_items", "_tables"),
+    *("reduce_kernel", "argmax", "_accept_kernel", "_move_kernel"),
+)
+"""Words in the names of kernels: draft, place and plan, choose and accept, commit."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One arm of one case; the best of some runs."""
+    """One arm of one case."""
 
     measurement: str
     case: str
@@ -49,182 +73,286 @@ class Row:
     tokens: int
     """New ones, or for `prefill` those of the prompts, without padding."""
     prefilled: int = 0
-    loop_share: float = 0.0
-    """Time around the forwards as a share of the decoding steps."""
+    first: float | None = None
+    """Seconds until all requests decode."""
+    step_ms: float | None = None
+    """Of one decoding step of all requests together."""
+    attention_ms: float | None = None
+    """Of it, in the kernels of attention."""
+    loop_share: float | None = None
+    """Time besides the model as a share of it: idle, and for draft, plan, acceptance, commit."""
+    path: str = ""
+    """How the passes ran: `captured`, or why not."""
     peak_mb: float = 0.0
     """Committed K and V when requests ended."""
 
     @property
     def rate(self) -> float:
-        """Tokens per second."""
+        """Tokens per second, the prompts' time included."""
         return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Way:
+    """How ours is driven."""
+
+    shared: bool
+    drafter: Drafter = PLAIN
+    nodes: int = 1
+    capture: bool = True
+
+
+@dataclass
+class Decoded:
+    """What some requests took that were served together, and the steps in which all decoded."""
+
+    seconds: float
+    first: float
+    steady: float
+    """Seconds from then until the first one ended."""
+    steps: int
+    gap: float
+    """Of those, in which the device waited for the host, if the steps were captured."""
+    stats: GenerationStats
+    texts: list[list[int]]
+    kernels: dict[str, float] = field(default_factory=dict)
+    """Seconds of a step by kernel, where it was profiled."""
 
 
 @dataclass
 class Bench:
-    """A model and how to time it."""
+    """A model and how it is driven."""
 
     model: Any
-    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        # One for all arms, so that graphs and pages are made once.
+        self.wrapped: Any = specdec.wrap(self.model, PLAIN, adaptive=False)
 
     def text(self, *size: int) -> Tensor:
         """Random token ids, never 0."""
         top = self.model.config.get_text_config(decoder=True).vocab_size
         return torch.randint(1, top, size, device=self.model.device)
 
-    def best(self, run: Callable[[], Any]) -> tuple[float, Any]:
-        """The shortest of some runs behind one that warms up, and what it returned."""
-        times = []
-        for turn in range(1 + self.repeats):
-            self._wait()
-            start = time.perf_counter()
-            result = run()
-            self._wait()
-            if turn:
-                times.append((time.perf_counter() - start, result))
-        return min(times, key=lambda pair: pair[0])
-
-    def _wait(self) -> None:
+    def wait(self) -> float:
+        """The time when the device has done all it was told."""
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
+        return time.perf_counter()
 
-    def wrapped(self, *, shared: bool) -> Any:
-        """Plain decoding, so that only batching and sharing differ."""
-        return specdec.wrap(self.model, "none", nodes=1, prefix_cache=shared)
+    def row(self, measurement: str, case: str, arm: str, way: Way, ids: Tensor, new: int) -> Row:
+        """Serves prompts of one length together, once to warm up and once to be timed."""
+        prompts = ids.tolist()
+        warm = self.serve(way, prompts, new, profiled=True)
+        return self.row_of(measurement, case, arm, [self.serve(way, prompts, new)], warm)
 
-    def row(self, measurement: str, case: str, arm: str, run: Callable[[], Any]) -> Row:
-        """Times a `generate` of ours or of transformers that returns a dictionary."""
-        seconds, output = self.best(run)
-        if not isinstance(output, SpeculativeOutput):
-            return Row(measurement, case, arm, seconds, output)
-        stats = output.stats
-        assert stats is not None
-        decoding = stats.seconds["total"] - stats.seconds.get("prefill", 0.0)
-        share = 1 - stats.seconds["forward"] / decoding
-        peak = stats.bytes["committed"] / 2**20
+    def row_of(
+        self, measurement: str, case: str, arm: str, runs: Sequence[Decoded], warm: Decoded
+    ) -> Row:
+        """Sums up runs that follow one another; the steps are those of the last one."""
+        last = runs[-1]
+        stats = sum((run.stats for run in runs), GenerationStats(rule=last.stats.rule))
+        step = last.steady / last.steps
+        path = last.stats.paths.most_common(1)[0][0]
+        attention = 1000 * _named(warm.kernels, ATTENTION) if warm.kernels else None
+        if path == "captured":
+            loop = (last.gap / last.steps + _named(warm.kernels, LOOP)) / step
+        else:
+            decoding = stats.seconds["total"] - stats.seconds.get("prefill", 0.0)
+            loop = 1 - stats.seconds["forward"] / decoding
         return Row(
-            measurement, case, arm, seconds, stats.tokens, stats.prefilled_tokens, share, peak
+            measurement,
+            case,
+            arm,
+            seconds=sum(run.seconds for run in runs),
+            tokens=stats.tokens,
+            prefilled=stats.prefilled_tokens,
+            first=sum(run.first for run in runs),
+            step_ms=1000 * step,
+            attention_ms=attention,
+            loop_share=loop,
+            path=path,
+            peak_mb=stats.bytes["committed"] / 2**20,
+        )
+
+    def serve(
+        self,
+        way: Way,
+        prompts: Sequence[Sequence[int]],
+        new: int,
+        *,
+        keep: bool = False,
+        profiled: bool = False,
+    ) -> Decoded:
+        """Serves prompts together.
+
+        Args:
+            keep: use what is cached already.
+            profiled: look into the kernels of some steps; what it takes means nothing then.
+        """
+        wrapped = self.wrapped
+        wrapped.prefix_cache, wrapped.drafter, wrapped.nodes = way.shared, way.drafter, way.nodes
+        wrapped._driven().capture = way.capture
+        if not keep:
+            wrapped.cache.prefixes.clear()
+        options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None}
+        begin = self.wait()
+        with wrapped.engine(step_tokens=PASS) as engine:
+            handles = [engine.submit(text, **options) for text in prompts]
+            while engine.scheduler.waiting or engine.scheduler.prefilling:
+                engine.step()
+            first = self.wait()
+            kernels: dict[str, float] = {}
+            if profiled and self.model.device.type == "cuda":
+                kernels = _profile(engine)
+            steps, gap = 0, engine.stats.seconds.get("gap", 0.0)
+            while not any(handle.done for handle in handles):
+                engine.step()
+                steps += 1
+            steady, gap = self.wait(), engine.stats.seconds.get("gap", 0.0) - gap
+            engine.run_all()
+            end = self.wait()
+        texts = [list(handle.tokens) for handle in handles]
+        return Decoded(
+            end - begin, first - begin, steady - first, steps, gap, engine.stats, texts, kernels
         )
 
 
-def batches(bench: Bench, sizes: Sequence[int], prompt: int, new: int) -> list[Row]:
+def _profile(engine: Engine) -> dict[str, float]:
+    """Seconds of each kernel in a decoding step, once steps are captured."""
+    for _ in range(PROFILED):
+        engine.step()
+
+    def run() -> None:
+        for _ in range(PROFILED):
+            engine.step()
+
+    return {name: seconds / PROFILED for name, (_, seconds) in kernel_times(run).items()}
+
+
+def _named(kernels: dict[str, float], words: Sequence[str]) -> float:
+    return sum(seconds for name, seconds in kernels.items() if any(w in name for w in words))
+
+
+def batches(bench: Bench, sizes: Sequence[int], prompt: int, new: int) -> Iterator[Row]:
     """Tokens per second by batch size, private prompts and shared ones."""
-    rows = []
     for size in sizes:
-        trunk, tails = bench.text(1, prompt).expand(size, -1), bench.text(size, 16)
-        for kind, ids in (
-            ("private", bench.text(size, prompt + 16)),
-            ("shared", torch.cat([trunk, tails], 1)),
-        ):
-            case = f"{size} x {prompt} {kind}"
-            for arm, shared in (("specdec", True), ("specdec, no sharing", False)):
-                wrapped = bench.wrapped(shared=shared)
-                run = _generate(wrapped, ids, new)
-                rows.append(bench.row("batch", case, arm, run))
-            rows.append(bench.row("batch", case, "transformers", _theirs(bench.model, ids, new)))
-    return rows
+        private = bench.text(size, prompt + 16)
+        shared = torch.cat([bench.text(1, prompt).expand(size, -1), bench.text(size, 16)], 1)
+        on, off = Way(shared=True), Way(shared=False)
+        yield bench.row("batch", f"{size} x {prompt} private", "specdec", on, private, new)
+        case = f"{size} x {prompt} shared"
+        yield bench.row("batch", case, "specdec", on, shared, new)
+        yield bench.row("batch", case, "specdec, no sharing", off, shared, new)
+        yield _theirs(bench, f"{size} x {prompt} private", private, new)
 
 
-def _generate(wrapped: Any, ids: Tensor, new: int) -> Callable[[], Any]:
-    def run() -> Any:
-        wrapped.cache.prefixes.clear()
-        return wrapped.generate(
+def _theirs(bench: Bench, case: str, ids: Tensor, new: int) -> Row:
+    def run(count: int) -> float:
+        begin = bench.wait()
+        bench.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=new,
+            pad_token_id=0,
+            max_new_tokens=count,
             do_sample=False,
             eos_token_id=None,
-            return_dict_in_generate=True,
         )
+        return bench.wait() - begin
 
-    return run
-
-
-def _theirs(model: Any, ids: Tensor, new: int) -> Callable[[], int]:
-    def run() -> int:
-        mask = torch.ones_like(ids)
-        options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None}
-        model.generate(ids, attention_mask=mask, pad_token_id=0, **options)
-        return len(ids) * new
-
-    return run
+    run(2)
+    first, seconds = run(1), run(new)
+    step = 1000 * (seconds - first) / (new - 1)
+    count = ids.numel()
+    return Row("batch", case, "transformers", seconds, len(ids) * new, count, first, step)
 
 
-def prefills(bench: Bench, batch: int, mean: int, longest: int) -> list[Row]:
+def loops(bench: Bench, size: int, prompt: int, new: int) -> Iterator[Row]:
+    """What a step costs besides the model, by who drafts and where."""
+    text = bench.text(1, prompt // 4)
+    ids = torch.cat([text.repeat(1, 4).expand(size, -1), bench.text(size, 16)], 1)
+    lookup = NGram()
+    for arm, way in (
+        ("no drafts", Way(shared=True)),
+        ("n-gram trees of 8", Way(True, lookup, 8)),
+        ("n-gram trees of 8, on the host", Way(True, lookup, 8, capture=False)),
+    ):
+        yield bench.row("loop", f"{size} x {prompt} shared", arm, way, ids, new)
+
+
+def prefills(bench: Bench, batches: Sequence[int], mean: int, longest: int) -> Iterator[Row]:
     """Prompts of lognormal lengths (Prepacking, arXiv 2404.09529): packed against padded."""
-    sizes = torch.empty(batch).log_normal_(mean=torch.tensor(mean).log().item(), std=1.0)
-    lengths = sizes.clamp(2, longest).long().tolist()
-    prompts = [bench.text(length) for length in lengths]
-    case, real = f"{batch} prompts, {sum(lengths)} tokens, longest {max(lengths)}", sum(lengths)
-    target = bench.wrapped(shared=False)._driven()
-    padded = torch.zeros(batch, max(lengths), dtype=torch.int64, device=bench.model.device)
-    mask = torch.zeros_like(padded)
-    for row, prompt in enumerate(prompts):
-        padded[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, 1
+    target = bench.wrapped._driven()
 
-    def packed() -> None:
-        sequences = [target.cache.admit() for _ in prompts]
-        target.prefill(sequences, prompts, chunk=8192)
+    def ours(texts: Sequence[Tensor]) -> None:
+        sequences = [target.cache.admit() for _ in texts]
+        target.prefill(sequences, texts, chunk=PASS)
         for sequence in sequences:
             target.cache.release(sequence)
 
-    def together() -> None:
+    def theirs(padded: Tensor, mask: Tensor) -> None:
         with torch.no_grad():
             bench.model(padded, attention_mask=mask, logits_to_keep=1)
 
-    return [
-        Row("prefill", case, "packed", bench.best(packed)[0], real),
-        Row("prefill", case, "padded", bench.best(together)[0], real),
-    ]
+    for batch in batches:
+        sizes = torch.empty(batch).log_normal_(mean=torch.tensor(mean).log().item(), std=1.0)
+        lengths = sizes.clamp(2, longest).long().tolist()
+        prompts = [bench.text(length) for length in lengths]
+        case, real = f"{batch} prompts, longest {max(lengths)}", sum(lengths)
+        padded = torch.zeros(batch, max(lengths), dtype=torch.int64, device=bench.model.device)
+        mask = torch.zeros_like(padded)
+        for row, prompt in enumerate(prompts):
+            padded[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, 1
+
+        arms: dict[str, tuple[Callable[[], None], int]] = {
+            "packed": (partial(ours, prompts), real),
+            "padded": (partial(ours, list(padded)), padded.numel()),
+            "transformers, padded": (partial(theirs, padded, mask), padded.numel()),
+        }
+        for arm, (run, computed) in arms.items():
+            run()
+            begin = bench.wait()
+            run()
+            yield Row("prefill", case, arm, bench.wait() - begin, real, computed)
 
 
-def few_shot(bench: Bench, widths: Sequence[int], prompt: int, new: int) -> list[Row]:
+def few_shot(bench: Bench, widths: Sequence[int], prompt: int, new: int) -> Iterator[Row]:
     """DeFT's few-shot workload (arXiv 2404.00242, section 4): b continuations of one prompt."""
-    rows = []
     for width in widths:
         ids = torch.cat([bench.text(1, prompt).expand(width, -1), bench.text(width, 8)], 1)
         for arm, shared in (("sharing", True), ("no sharing", False)):
-            run = _generate(bench.wrapped(shared=shared), ids, new)
-            rows.append(bench.row("few-shot", f"b = {width}, {prompt} tokens", arm, run))
-    return rows
+            case = f"b = {width}, {prompt} tokens"
+            yield bench.row("few-shot", case, arm, Way(shared), ids, new)
 
 
-def thoughts(bench: Bench, depth: int, width: int, prompt: int, new: int) -> list[Row]:
-    """A tree of thought: `width` thoughts of `new` tokens below each of the first few lines."""
+def thoughts(bench: Bench, depth: int, width: int, prompt: int, new: int) -> Iterator[Row]:
+    """A tree of thought: `width` thoughts of `new` tokens below each of the first few lines.
+
+    The step that is told is one of the last level.
+    """
     ids = bench.text(prompt).tolist()
-
-    def search(shared: bool) -> Callable[[], int]:
-        wrapped = bench.wrapped(shared=shared)
-
-        def run() -> int:
-            wrapped.cache.prefixes.clear()
-            lines, tokens = [ids], 0
-            for level in range(depth):
-                prompts = [
-                    [*line, 1 + level, 2 + place] for line in lines for place in range(width)
-                ]
-                with wrapped.engine() as engine:
-                    options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None}
-                    handles = [engine.submit(text, **options) for text in prompts]
-                    engine.run_all()
-                tokens += sum(len(handle.tokens) for handle in handles)
-                grown = [p + h.tokens for p, h in zip(prompts, handles, strict=True)]
-                lines = grown[:width]
-            return tokens
-
-        return run
-
     case = f"depth {depth}, {width} x {width} thoughts of {new}, prompt {prompt}"
-    rows = []
+
+    def search(shared: bool, profiled: bool) -> list[Decoded]:
+        lines, runs = [ids], []
+        for level in range(depth):
+            prompts = [[*line, 1 + level, 2 + place] for line in lines for place in range(width)]
+            last = profiled and level == depth - 1
+            runs.append(bench.serve(Way(shared), prompts, new, keep=level > 0, profiled=last))
+            lines = [p + t for p, t in zip(prompts, runs[-1].texts, strict=True)][:width]
+        return runs
+
     for arm, shared in (("sharing", True), ("no sharing", False)):
-        seconds, tokens = bench.best(search(shared))
-        rows.append(Row("thought", case, arm, seconds, tokens))
-    return rows
+        warm = search(shared, profiled=True)[-1]
+        yield bench.row_of("thought", case, arm, search(shared, profiled=False), warm)
 
 
 def table(rows: Sequence[Row]) -> Table:
     """All rows, for a terminal."""
-    shown = Table("measurement", "case", "arm", "s", "tokens/s", "prefilled", "loop", "KV MiB")
+    shown = Table(
+        *("measurement", "case", "arm", "s", "tokens/s", "computed", "until all decode, s"),
+        *("step, ms", "attention, ms", "loop", "KV MiB"),
+    )
     for row in rows:
         shown.add_row(
             row.measurement,
@@ -232,53 +360,95 @@ def table(rows: Sequence[Row]) -> Table:
             row.arm,
             f"{row.seconds:.3f}",
             f"{row.rate:.0f}",
-            str(row.prefilled or ""),
-            f"{row.loop_share:.0%}" if row.loop_share else "",
+            str(row.prefilled),
+            _figure(row.first),
+            _figure(row.step_ms),
+            _figure(row.attention_ms),
+            "" if row.loop_share is None else f"{row.loop_share:.0%}",
             f"{row.peak_mb:.1f}" if row.peak_mb else "",
         )
     return shown
 
 
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
 def main(
-    model: Annotated[str, typer.Option(help="A name, a folder or a hub id.")] = models.DEFAULT,
+    model: Annotated[
+        str, typer.Option(help=f"A name, a folder, a hub id, or {', '.join(shapes.SHAPES)}.")
+    ] = models.DEFAULT,
     dtype: Annotated[str, typer.Option(help="Of the weights.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="cuda, cpu, ...")] = "cuda",
-    only: Annotated[str, typer.Option(help="Measurements, comma between.")] = (
-        "batch,prefill,few-shot,thought"
+    only: Annotated[str, typer.Option(help="Measurements, comma between.")] = ",".join(
+        MEASUREMENTS
     ),
-    sizes: Annotated[str, typer.Option(help="Batch sizes.")] = "1,2,4,8,16,32,64",
+    sizes: Annotated[str, typer.Option(help="Batch sizes, the most wanted first.")] = "64,1,16,4",
     prompt: Annotated[int, typer.Option(help="Tokens of the shared prompt.")] = 1024,
     few_shot_prompt: Annotated[int, typer.Option(help="Tokens of the few-shot prompt.")] = 4000,
-    few_shot_widths: Annotated[str, typer.Option(help="Questions below it.")] = "20,30,50",
-    new: Annotated[int, typer.Option(help="New tokens of each request.")] = 128,
-    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    few_shot_widths: Annotated[str, typer.Option(help="Questions below it.")] = "20,50,30",
+    new: Annotated[int, typer.Option(min=32, help="New tokens of each request.")] = 64,
+    limit: Annotated[float, typer.Option(help="Seconds; later cases are left out.")] = 130.0,
     file: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
 ) -> None:
     """Times batches, shared prefixes, packed prompts and searches."""
+    begin = time.perf_counter()
     if device.startswith("cuda") and not torch.cuda.is_available():
         err.print("device: expected one that torch can use, got cuda; try --device cpu")
         raise typer.Exit(1)
-    torch.manual_seed(0)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        models.resolve(model), dtype=getattr(torch, dtype)
-    )
-    bench = Bench(loaded.to(device).eval(), repeats)
     wanted = only.split(",")
+    if unknown := set(wanted) - set(MEASUREMENTS):
+        err.print(f"only: expected some of {', '.join(MEASUREMENTS)}, got {', '.join(unknown)}")
+        raise typer.Exit(1)
+    torch.manual_seed(0)
+    bench = Bench(_load(model, torch.device(device), getattr(torch, dtype)))
+    widths, counts = [list(map(int, text.split(","))) for text in (few_shot_widths, sizes)]
+    measurements = {
+        "batch": batches(bench, counts, prompt, new),
+        "loop": loops(bench, max(counts), prompt, 2 * new),
+        "prefill": prefills(bench, [16, 32, 64], mean=prompt // 4, longest=2 * prompt),
+        "few-shot": few_shot(bench, widths, few_shot_prompt, new),
+        "thought": thoughts(bench, depth=5, width=4, prompt=prompt, new=new // 2),
+    }
+    about = {
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine(),
+        "torch": torch.__version__,
+        "model": model,
+        "dtype": dtype,
+        "transformers' attention": bench.model.config._attn_implementation,
+        "arguments": sys.argv[1:],
+    }
     rows: list[Row] = []
-    if "batch" in wanted:
-        rows += batches(bench, [int(size) for size in sizes.split(",")], prompt, new)
-    if "prefill" in wanted:
-        rows += prefills(bench, batch=32, mean=prompt // 4, longest=2 * prompt)
-    if "few-shot" in wanted:
-        widths = [int(width) for width in few_shot_widths.split(",")]
-        rows += few_shot(bench, widths, few_shot_prompt, new)
-    if "thought" in wanted:
-        rows += thoughts(bench, depth=3, width=4, prompt=prompt, new=new // 2)
+    cut: list[str] = []
+    for name in wanted:
+        for row in measurements[name]:
+            rows.append(row)
+            spent = time.perf_counter() - begin
+            err.print(
+                f"{spent:6.1f} s  {name}, {row.case}, {row.arm}: {row.rate:.0f} tokens/s",
+                markup=False,
+                highlight=False,
+            )
+            late = spent > limit * MEASUREMENTS[name]
+            if late:
+                cut.append(name)
+            if file is not None:
+                found = {**about, "cut short": cut, "rows": [asdict(row) for row in rows]}
+                file.write_text(json.dumps(found, indent=1))
+            if late:
+                break
     out.print(table(rows))
-    if file is not None:
-        machine = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
-        about = {"device": machine, "torch": torch.__version__, "arguments": sys.argv[1:]}
-        file.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1))
+    if cut:
+        err.print(f"cut short, for lack of time: {', '.join(cut)}; see --only and --limit")
+
+
+def _load(name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    if name in shapes.SHAPES:  # with random weights
+        return shapes.load(name, device, dtype).model
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        models.resolve(name), dtype=dtype, attn_implementation="sdpa"
+    )
+    return loaded.to(device).eval()
 
 
 if __name__ == "__main__":

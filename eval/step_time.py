@@ -24,7 +24,7 @@ from specdec.eval.records import Row
 Array = NDArray[np.float64]
 
 KNOTS = (1, 2, 16, 128, 1024)
-"""One row is a product of a matrix with a vector, several are a product of matrices, and these fill a
+"""One row is a product of a matrix with a vector, several are a product of matrices, which fill a
 small tile at 16 rows and a large one at 128. With more knots the fit would follow the noise."""
 
 

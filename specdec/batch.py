@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -149,7 +150,9 @@ class TreeBatch:
         bits = [bits for tree in trees for bits in tree.ancestor_bits]
         laws = torch.cat([tree.laws for tree in trees])
         draft_probs, draft_tokens = _pack_probs(trees, vocab_size, device)
-        families = [Counter(tree.parents.tolist()[1:]) for tree in trees]
+        known = parents.tolist()
+        starts = [0, *accumulate(sizes)]
+        families = [Counter(known[a + 1 : b]) for a, b in pairwise(starts)]
         return cls(
             upload(tokens, device),
             upload(parents, device),
@@ -162,7 +165,7 @@ class TreeBatch:
             max(b.bit_count() for b in bits) - 1,
             max(max(family.values(), default=0) for family in families),
             draft_tokens,
-            tuple(parents.tolist()),
+            tuple(known),
         )
 
 

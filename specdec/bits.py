@@ -21,15 +21,10 @@ def ancestor_bits(parents: Sequence[int]) -> tuple[int, ...]:
 def ancestor_words(bits: Sequence[int], nodes: int) -> Tensor:
     """Packs Python integers of `nodes` bits into int32 words: [R, ceil(nodes / 32)], on the CPU."""
     width = -(-nodes // WORD_BITS)
-    mask, sign, wrap = (1 << WORD_BITS) - 1, 1 << (WORD_BITS - 1), 1 << WORD_BITS
-    words = [
-        [
-            word - wrap if word & sign else word
-            for word in ((b >> WORD_BITS * w) & mask for w in range(width))
-        ]
-        for b in bits
-    ]
-    return torch.tensor(words, dtype=torch.int32)
+    # In this byte order a word with the top bit set is a negative int32.
+    packed = bytearray(b"".join(b.to_bytes(4 * width, "little") for b in bits))
+    words = torch.frombuffer(packed, dtype=torch.uint8)
+    return words.view(torch.int32).view(len(bits), width)
 
 
 def chain_words(nodes: Tensor, count: int) -> Tensor:

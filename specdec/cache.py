@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.pages import TRASH_PAGE, OutOfPages, PagePool
+from specdec.pages import TRASH_PAGE, DraftLayers, OutOfPages, PagePool
 from specdec.prefix_tree import PrefixTree
 from specdec.speculation import NULL_SEQUENCE, SequenceState, Speculation
 from specdec.transfer import upload
@@ -78,7 +78,21 @@ class TreeKVCache:
         """The pages of a sequence, in order."""
         return list(self._sequences[sequence].pages)
 
-    def admit(self, prompt: Sequence[int] = (), *, key: Hashable = None) -> int:
+    def filled(self, sequence: int, own: DraftLayers) -> int | None:
+        """How many committed tokens from the beginning a drafter's layers have; None for all."""
+        member = self._sequences[sequence]
+        filled = member.filled.get(own, 0)
+        if filled >= member.bound:
+            return None
+        return min(filled, member.bound - member.unsettled)
+
+    def admit(
+        self,
+        prompt: Sequence[int] = (),
+        *,
+        key: Hashable = None,
+        own: DraftLayers | None = None,
+    ) -> int:
         """Opens a sequence and returns its number, the lowest that is free.
 
         It begins with the longest run of full pages of the prompt that the prefix tree knows;
@@ -87,10 +101,20 @@ class TreeKVCache:
         Args:
             prompt: token ids; none for an empty sequence.
             key: what K and V depend on besides the tokens, and who may share them.
+            own: a drafter's layers, which the pages have to be filled in.
         """
-        return self._open(key, self.prefixes.match(prompt, key)).number
+        member = self._open(key, self.prefixes.match(prompt, key, own=own))
+        self._note_filled(member)
+        return member.number
 
-    def adopt(self, sequence: int, prompt: Sequence[int], *, key: Hashable = None) -> int:
+    def adopt(
+        self,
+        sequence: int,
+        prompt: Sequence[int],
+        *,
+        key: Hashable = None,
+        own: DraftLayers | None = None,
+    ) -> int:
         """What `admit` does with a prompt, for a sequence that is still empty.
 
         Returns:
@@ -101,7 +125,8 @@ class TreeKVCache:
             raise RuntimeError(f"sequence {sequence}: expected an empty one, it has tokens or rows")
         self.pool.free(member.pages)
         member.pages, member.key = [], key
-        self._begin(member, self.prefixes.match(prompt, key))
+        self._begin(member, self.prefixes.match(prompt, key, own=own))
+        self._note_filled(member)
         return member.bound
 
     def fork(self, sequence: int, length: int | None = None) -> int:
@@ -120,6 +145,8 @@ class TreeKVCache:
             raise ValueError(f"length: expected 0 to {parent.bound} tokens, got {length}")
         child = self._open(parent.key, parent.pages[: self._pages_for(length)], length)
         child.left_out = parent.left_out
+        child.filled = dict(parent.filled)
+        child.cap_filled(length)
         return child.number
 
     def view(self, sequence: int, pages: Sequence[int]) -> int:
@@ -146,6 +173,11 @@ class TreeKVCache:
         chosen = [parent.pages[page] for page in pages]
         view = self._open(parent.key, chosen, parent.bound - left_out)
         view.left_out = parent.left_out + left_out
+        size = self.pool.page_size
+        for own, filled in parent.filled.items():
+            whole = filled >= parent.bound
+            shown = sum((page + 1) * size <= filled for page in pages) * size
+            view.filled[own] = view.bound if whole else shown
         return view.number
 
     def prune(self, sequence: int, length: int) -> None:
@@ -164,6 +196,7 @@ class TreeKVCache:
         self.lengths[sequence] = length
         dropped, member.pages = member.pages[keep:], member.pages[:keep]
         member.bound = length
+        member.cap_filled(length)
         self.pool.free(dropped)
 
     def remember(self, sequence: int, tokens: Sequence[int]) -> None:
@@ -175,8 +208,11 @@ class TreeKVCache:
         """
         member = self._sequences[sequence]
         self._refuse_view(member, "remembered")
-        known = min(len(tokens), member.bound - member.unsettled)
-        self.prefixes.insert(tokens, member.pages[: known // self.pool.page_size], member.key)
+        known, size = min(len(tokens), member.bound - member.unsettled), self.pool.page_size
+        for own in self.pool.registered:
+            filled = min(known, member.filled.get(own, 0))
+            own.filled.update(member.pages[: filled // size])
+        self.prefixes.insert(tokens, member.pages[: known // size], member.key)
 
     def release(self, sequence: int) -> None:
         """Gives a sequence's pages back. An open speculation on it is rolled back."""
@@ -221,6 +257,13 @@ class TreeKVCache:
         self.lengths[member.number] = length
         self.pool.share(pages)
         member.pages, member.bound = list(pages), length
+
+    def _note_filled(self, member: SequenceState) -> None:
+        """Finds out which drafters' layers are filled in the pages that a sequence begins with."""
+        for own in self.pool.registered:
+            lacking = (at for at, page in enumerate(member.pages) if page not in own.filled)
+            first = next(lacking, len(member.pages))
+            member.filled[own] = first * self.pool.page_size
 
     def _settled(self, sequence: int) -> SequenceState:
         member = self._sequences[sequence]
@@ -295,7 +338,11 @@ class TreeKVCache:
         for member, ahead in zip(members, rows, strict=True):
             missing.append(max(0, self._pages_for(member.bound + ahead) - len(member.pages)))
             at = (member.bound - member.unsettled) // self.pool.page_size
-            parting.append(at < len(member.pages) and self.pool.is_shared(member.pages[at]))
+            page = member.pages[at] if at < len(member.pages) else None
+            parting.append(page is not None and self.pool.is_shared(page))
+            if page is not None and not parting[-1]:  # after a cut it may have been full before
+                for own in self.pool.registered:
+                    own.filled.discard(page)
         if not any(missing) and not any(parting):
             return
         self._widen(max(len(m.pages) + n for m, n in zip(members, missing, strict=True)))

@@ -10,6 +10,7 @@ that end, in pages that are still leased, and its tokens are thrown away.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from specdec.budget import NodeBudget
 from specdec.cache import Speculation
 from specdec.drafting import DeviceDrafter, DraftBuffers, Drafter, RootsOnly
 from specdec.transfer import upload
-from specdec.verify import DeviceChoice
+from specdec.verify import AcceptanceRule, DeviceChoice
 
 if TYPE_CHECKING:
     from specdec.load import Lane
@@ -36,6 +37,8 @@ SHORTEST = 1024
 """Of the prefixes that a graph is made for; later ones are for twice as many tokens."""
 
 
+MOST = 64
+"""Steps that are kept captured; drafters and options that are new with every request add more."""
 TIME_MEMORY = 0.2
 """Weight of the newest time of a step among those before."""
 
@@ -61,7 +64,7 @@ class Texts:
     tokens: Tensor  # [B, T] int32
     lengths: Tensor  # [B] int64
     seeds: Tensor  # [B] int64
-    owner: CapturedLane | None = None
+    owner: weakref.ref[CapturedLane] | None = None
 
     @classmethod
     def empty(cls, requests: int, room: int, device: torch.device) -> Texts:
@@ -255,8 +258,9 @@ class StepGraphs:
         size = 1 << (requests - 1).bit_length()
         room = -(-(longest + 1) // ROOM) * ROOM
         found = self._texts.get(size)
-        if found is not None and found.owner is not None:
-            found.owner.land()
+        owner = found.owner() if found is not None and found.owner is not None else None
+        if owner is not None:
+            owner.land()
         if found is None or found.tokens.shape[1] < room:
             self._graphs = {k: g for k, g in self._graphs.items() if g.step.texts is not found}
             room = max(room, 2 * found.tokens.shape[1] if found else 0)
@@ -273,8 +277,8 @@ class StepGraphs:
         longest = max(SHORTEST, 1 << (longest - 1).bit_length())
         count, device = len(texts.lengths), self.target.device
         # What all requests with such options have in common, not the policy of one call.
-        how = (id(policy.drafter), type(policy.rule), policy.sampler.settings)
-        key = (count, how, nodes, policy.nodes, longest, shared)
+        how = _same(policy.drafter) if nodes > 1 else None, _settings(policy.rule)
+        key = (count, how, policy.sampler.settings, nodes, policy.nodes, longest, shared)
         if key not in self._graphs:
             drafter = policy.drafter.on_device(count, device) if nodes > 1 else None
             choice = policy.rule.on_device(policy.sampler)
@@ -284,6 +288,8 @@ class StepGraphs:
                 self.target, texts, drafter or RootsOnly(), choice, nodes, words, longest, shared
             )
             self._graphs[key] = Graph(step, policy)
+            while len(self._graphs) > MOST:
+                del self._graphs[next(iter(self._graphs))]
         return self._graphs[key]
 
     @property
@@ -293,10 +299,12 @@ class StepGraphs:
 
     def budget(self, policy: Policy) -> NodeBudget:
         """How large trees have paid so far with a drafter."""
-        key = (id(policy.drafter), policy.nodes, policy.adaptive)
+        key = (_same(policy.drafter), policy.nodes, policy.adaptive)
         if key not in self._budgets:
             budget = NodeBudget(policy.nodes, fixed=not policy.adaptive)
             self._budgets[key] = (policy.drafter, budget)
+            while len(self._budgets) > MOST:
+                del self._budgets[next(iter(self._budgets))]
         return self._budgets[key][1]
 
     def launch(self, graph: Graph) -> bool:
@@ -391,7 +399,7 @@ class CapturedLane:
             )
             self._texts = self.graphs.texts(len(lane.requests), longest)
             self._texts.load(lane)
-            self._texts.owner = self
+            self._texts.owner = weakref.ref(self)
             self._launch()
         if any(self._left(request) > len(self._flights) for request in self.lane.requests):
             self._launch()
@@ -452,6 +460,15 @@ class CapturedLane:
         return reports
 
 
+def _same(drafter: Drafter) -> Hashable:
+    """Equal for drafters that draft alike, as far as they can tell by themselves."""
+    return drafter if isinstance(drafter, Hashable) else id(drafter)
+
+
+def _settings(rule: AcceptanceRule) -> Hashable:
+    return type(rule), repr(sorted(vars(rule).items()))
+
+
 def _event(device: torch.device) -> torch.cuda.Event | None:
     """The present moment on a GPU."""
     if device.type != "cuda":
@@ -483,6 +500,8 @@ def grounded(target: Target, lane: Lane) -> str | None:
         return "scores or logits are kept"
     if policy.observer is not None:
         return "an observer looks at every step"
+    if target.layers_of(policy.drafter) is not None:
+        return f"{type(policy.drafter).__name__} has layers of its own"
     if policy.drafter.on_device(1, target.device) is None:
         return f"{type(policy.drafter).__name__} drafts on the host"
     return None

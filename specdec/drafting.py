@@ -3,16 +3,47 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from specdec.batch import TreeBatch
+from specdec.hooks import Taps
 from specdec.sampling import Sampler
 from specdec.transfer import upload
 from specdec.tree import ProposalLaw, TokenTree
+
+if TYPE_CHECKING:
+    from specdec.attention import AttentionPlan
+    from specdec.cache import Speculation, TreeKVCache
+    from specdec.pages import DraftLayers, LayerShape
+    from specdec.target import Target
+
+
+@dataclass(frozen=True)
+class OwnCache:
+    """Where a drafter's own layers lie, beside the target's K and V."""
+
+    layers: DraftLayers
+    cache: TreeKVCache  # the target's
+    sequences: tuple[int, ...]  # in the cache, those of a context, in order
+
+
+@dataclass(frozen=True)
+class TargetRows:
+    """What the target has computed in a pass, of R rows.
+
+    The rows are those of all requests of the pass, in prompts and in trees, also of requests with
+    other drafters: whoever fills them shares more.
+    """
+
+    tokens: Tensor  # [R] int64
+    hidden: dict[int, Tensor]  # [R, H], by the numbers in `hidden_layers`
+    plan: AttentionPlan  # where the rows are written, and what they see
+    layers: DraftLayers  # the drafter's own
 
 
 @dataclass(frozen=True)
@@ -30,6 +61,7 @@ class DraftContext:
     law: ProposalLaw  # for drafters that can draft under several
     chains: bool  # whether only chains can be verified
     cache_keys: tuple[Hashable, ...] | None = None  # who may share K and V; None: nobody
+    own: OwnCache | None = None  # for drafters with layers of their own
 
 
 @dataclass(frozen=True)
@@ -87,6 +119,9 @@ class Drafter(ABC):
 
     law: ProposalLaw = ProposalLaw.DETERMINISTIC
 
+    hidden_layers: frozenset[int] = frozenset()
+    """Of which layers of the target `fill` gets the outputs, counted as in `Taps`."""
+
     @property
     def can_draft(self) -> frozenset[ProposalLaw]:
         """The laws that a rule may ask for in `DraftContext.law`."""
@@ -98,6 +133,22 @@ class Drafter(ABC):
         In captured steps neither `propose` nor `observe` is called.
         """
         return None
+
+    def layer_shapes(self, target: Target) -> Sequence[LayerShape]:
+        """Layers of its own that it keeps in the pages of a target's cache; none by default.
+
+        Whatever becomes of the target's K and V - commits, rollbacks, copies, sharing, eviction -
+        becomes of them. A text begins with pages that others have computed only if they are filled.
+        """
+        return ()
+
+    def fill(self, rows: TargetRows) -> None:
+        """Writes its own layers, in the slots of all rows; called if it has any.
+
+        Comes before the target accepts: what becomes of the rows is the cache's business. A row may
+        depend on the tokens before it and its own, as K and V do, and on nothing behind.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has layers of its own, but no `fill`")
 
     def begin(self, sequences: Sequence[int]) -> None:  # noqa: B027 - optional
         """Sequences start."""
@@ -172,3 +223,27 @@ class NoDraft(Drafter):
             max_depth=0,
             max_children=0,
         )
+
+
+class Filling:
+    """The drafters of a pass that have layers of their own, and what they are filled from.
+
+    Args:
+        target: the model and its cache.
+        drafters: of all requests in the pass.
+    """
+
+    def __init__(self, target: Target, drafters: Iterable[Drafter]) -> None:
+        distinct = {id(drafter): drafter for drafter in drafters}.values()
+        owners = [(drafter, target.layers_of(drafter)) for drafter in distinct]
+        self._owners = [(drafter, own) for drafter, own in owners if own is not None]
+        wanted = frozenset[int]().union(*(drafter.hidden_layers for drafter, _ in self._owners))
+        self.taps = Taps(wanted) if wanted else None
+
+    def fill(self, tokens: Tensor, plan: AttentionPlan, lease: Speculation) -> None:
+        """Lets them write, when the pass is over and before its lease is committed."""
+        seen = {} if self.taps is None else self.taps.states
+        for drafter, own in self._owners:
+            hidden = {layer: seen[layer] for layer in drafter.hidden_layers}
+            drafter.fill(TargetRows(tokens, hidden, plan, own))
+            lease.fill(own)

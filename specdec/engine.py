@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specdec.batch import TreeBatch
 from specdec.captured import CapturedLane, Report, grounded
-from specdec.drafting import DraftContext, Observation
+from specdec.drafting import DraftContext, Filling, Observation, OwnCache
 from specdec.fused import FusedModel
 from specdec.judge import Judgement, judge
 from specdec.load import Lane, Load, Verdict, read, stacked
@@ -218,9 +218,17 @@ class Engine:
         with leased as lease:
             starts = lease.lengths
             plan = load.plan(lease)
+            policies = [
+                *(lane.policy for lane in lanes),
+                *(self.scheduler.policy_of(request) for request, _ in pieces),
+            ]
+            filling = Filling(self.target, [policy.drafter for policy in policies])
             with self._watch.phase("forward" if lanes else "prefill"):
-                logits = self.target.forward(load.tokens(plan.slots.device), plan, keep=load.keep)
+                tokens = load.tokens(plan.slots.device)
+                logits = self.target.forward(tokens, plan, keep=load.keep, taps=filling.taps)
             load.score_prompts(logits)
+            with self._watch.phase("draft"):
+                filling.fill(tokens, plan, lease)
             with self._watch.phase("accept"):
                 judged = self._verify(load, logits, starts)
             with self._watch.phase("commit"):
@@ -365,6 +373,8 @@ class Engine:
 
     def _propose(self, lane: Lane) -> TreeBatch:
         keys = tuple(request.cache_key for request in lane.requests)
+        layers = self.target.layers_of(lane.policy.drafter)
+        own = None if layers is None else OwnCache(layers, self.target.cache, lane.sequences)
         context = DraftContext(
             sequences=lane.numbers,
             tokens=tuple(request.tokens for request in lane.requests),
@@ -376,6 +386,7 @@ class Engine:
             law=lane.policy.law,
             chains=lane.policy.rule.chains,
             cache_keys=keys if self.scheduler.prefix_cache else None,
+            own=own,
         )
         trees = lane.policy.drafter.propose(context, lane.policy.nodes)
         self._check(lane.policy, trees, len(lane.requests))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from specdec.attention import AttentionPlan, Backend, tree_attention
-from specdec.hooks import AttentionCall
+from specdec.hooks import AttentionCall, Taps
 from specdec.identity import modules_of
 from specdec.packing import Packed, pack, unpack
 from specdec.pages import PagePool
@@ -182,6 +182,7 @@ class FusedModel:
         pool: PagePool,
         backend: Backend,
         keep: int | Tensor,
+        taps: Taps | None = None,
     ) -> Tensor:
         """[kept rows, V] logits; see `Target.forward`."""
         from specdec.kernels import layers  # needs Triton
@@ -196,11 +197,15 @@ class FusedModel:
         branch: Branch | None = None
         for index, layer in enumerate(self.layers):
             given = self._enter(hidden, branch, layer.before_attention)
+            if taps is not None:
+                taps.see(index, hidden, layers=len(self.layers))
             value = self._attend(layer, given, plan, pool, index, cos, sin, backend)
             branch = Branch(value, layer.after_attention, layer.multiplier)
             given = self._enter(hidden, branch, layer.before_mlp)
             branch = Branch(self._mlp(layer, given), layer.after_mlp, layer.multiplier)
         out = self._enter(hidden, branch, self.norm)
+        if taps is not None:
+            taps.see(len(self.layers), out, layers=len(self.layers))
         out = out[keep] if isinstance(keep, Tensor) else out[-keep:]
         logits = F.linear(out, self.head.weight, self.head.bias)
         if self.logits_scaling != 1.0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -51,6 +51,31 @@ class AttentionCall:
     softcap: float | None
     sinks: Tensor | None
     unknown: set[str]  # arguments with a value that tree attention does not know
+
+
+@dataclass
+class Taps:
+    """Outputs of layers that a forward is to keep.
+
+    Layers are counted as in transformers' `hidden_states`: 0 is what the first layer reads, the
+    last, which is also -1, what the head reads.
+    """
+
+    layers: frozenset[int]
+    states: dict[int, Tensor] = field(default_factory=dict)  # [R, H] each, filled in by the forward
+
+    def see(self, layer: int, state: Tensor, *, layers: int) -> None:
+        """Keeps a copy of the output number `layer` of `layers` + 1 if it is wanted."""
+        for name in self.layers & {layer, layer - layers - 1}:
+            self.states[name] = state.clone()
+
+    def check(self, layers: int) -> None:
+        """Raises ValueError if a layer is wanted that the model does not have."""
+        if wrong := sorted(n for n in self.layers if not -layers - 1 <= n <= layers):
+            raise ValueError(
+                f"hidden_layers: expected {-layers - 1} to {layers} for a model of {layers} "
+                f"layers, got {wrong[0]}"
+            )
 
 
 class AttentionHandler(Protocol):

@@ -59,12 +59,32 @@ class LayerPages:
     values: Tensor
 
 
+@dataclass(eq=False)
+class DraftLayers:
+    """A drafter's layers in a target's pool, under the same page ids. Made by `PagePool.register`.
+
+    What becomes of a page - moved rows, copies, sharing, eviction - becomes of it in these layers,
+    too. But the drafter writes them when it can, so not every page that has the target's K and V
+    has the drafter's: `filled` has those that do, among the full pages that may be found again.
+    """
+
+    groups: list[LayerGroup]
+    filled: set[int] = field(default_factory=set)
+    _place: dict[int, tuple[LayerGroup, int]] = field(default_factory=dict)
+
+    def layer(self, index: int) -> LayerPages:
+        """Where a layer's keys and values lie."""
+        return _layer(self._place, index)
+
+
 @dataclass
 class PagePool:
     """Pages for all layers of a model, addressed by the same page ids in every layer group.
 
     The pool grows on demand up to `max_pages`; growing copies, so it happens between forwards.
     Page 0 is the trash page and is never handed out.
+
+    Drafters may register layers of their own. `groups` are those of all.
 
     Args:
         layers: the shape of each layer, in order.
@@ -83,24 +103,62 @@ class PagePool:
             raise ValueError(f"page_size: expected a power of two, got {self.page_size}")
         if self.max_pages is not None:
             check_count("max_pages", self.max_pages)
+        self._references = [1]  # by page; the trash page references itself
+        self._free: list[int] = []  # a heap: the lowest page is handed out first
+        self.groups, self._place = self._grouped(self.layers)
+        self._registered: list[DraftLayers] = []
+
+    def _grouped(
+        self, layers: Sequence[LayerShape]
+    ) -> tuple[list[LayerGroup], dict[int, tuple[LayerGroup, int]]]:
+        """Groups for some layers, with all pages that there are, and where each layer lies."""
         members: dict[LayerShape, list[int]] = {}
-        for layer, shape in enumerate(self.layers):
+        for layer, shape in enumerate(layers):
             members.setdefault(shape, []).append(layer)
-        self.groups = [
+        pages = len(self._references)
+        groups = [
             LayerGroup(
                 shape,
-                self._empty(shape, len(indices), 1, shape.key_dim),
-                self._empty(shape, len(indices), 1, shape.value_dim),
+                self._empty(shape, len(indices), pages, shape.key_dim),
+                self._empty(shape, len(indices), pages, shape.value_dim),
             )
             for shape, indices in members.items()
         ]
-        self._place = {
+        place = {
             layer: (group, index)
-            for group, indices in zip(self.groups, members.values(), strict=True)
+            for group, indices in zip(groups, members.values(), strict=True)
             for index, layer in enumerate(indices)
         }
-        self._references = [1]  # by page; the trash page references itself
-        self._free: list[int] = []  # a heap: the lowest page is handed out first
+        return groups, place
+
+    def register(self, layers: Sequence[LayerShape]) -> DraftLayers:
+        """Gives every page room for a drafter's layers, of any shape, dtype and device.
+
+        Args:
+            layers: the shape of each, in order; at least one.
+
+        Raises:
+            ValueError: there is none.
+            torch.OutOfMemoryError: there is no memory for them; nothing is registered.
+        """
+        if not layers:
+            raise ValueError("layers: expected at least one shape, got none")
+        groups, place = self._grouped(layers)
+        own = DraftLayers(groups, _place=place)
+        self.groups = [*self.groups, *groups]
+        self._registered.append(own)
+        return own
+
+    def unregister(self, own: DraftLayers) -> None:
+        """Gives up a drafter's layers, and their memory with them."""
+        self._registered.remove(own)
+        self.groups = [group for group in self.groups if group not in own.groups]
+        own.filled.clear()
+
+    @property
+    def registered(self) -> tuple[DraftLayers, ...]:
+        """The drafters' layers."""
+        return tuple(self._registered)
 
     def _empty(self, shape: LayerShape, layers: int, pages: int, dim: int) -> Tensor:
         size = (layers, pages, self.page_size, shape.kv_heads, dim)
@@ -126,9 +184,8 @@ class PagePool:
         )
 
     def layer(self, index: int) -> LayerPages:
-        """Where a layer's keys and values lie."""
-        group, place = self._place[index]
-        return LayerPages(group.keys[place], group.values[place])
+        """Where a layer of the model has its keys and values."""
+        return _layer(self._place, index)
 
     def allocate(self, count: int) -> list[int]:
         """Hands out `count` pages with one reference each, or raises and hands out none.
@@ -163,9 +220,17 @@ class PagePool:
         self._references, self._free = [*self._references, *[0] * extra], free
 
     def expect(self, count: int) -> None:
-        """Grows now if `count` pages would make it grow later, as far as it may."""
+        """Grows now if `count` pages would make it grow later, as far as it may.
+
+        On a GPU half of the memory that is free is left for other things.
+        """
         if self.max_pages is not None:
             count = min(count, self.max_pages - self.num_pages + self.num_free)
+        device = self.groups[0].shape.device
+        if device.type == "cuda":
+            spare = torch.cuda.mem_get_info(device)[0] // 2 // self.page_bytes
+            # The old pages are there until all are copied.
+            count = min(count, self.num_free + max(0, spare - self.num_pages))
         if count > len(self._free):
             with suppress(OutOfPages):
                 self._grow(count)
@@ -195,6 +260,8 @@ class PagePool:
             self._references[page] -= 1
             if self._references[page] == 0:
                 heapq.heappush(self._free, page)
+                for own in self._registered:
+                    own.filled.discard(page)
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """Copies K and V rows of every layer from slot to slot: one launch a group on a GPU.
@@ -223,10 +290,25 @@ class PagePool:
         Args:
             sources, targets: page ids, as many of each; no page is in both.
         """
-        for group in self.groups:
-            here, there = upload(sources, group.shape.device), upload(targets, group.shape.device)
-            for pages in (group.keys, group.values):
-                kernels.copy_pages(pages, here, there)
+        _copy(self.groups, sources, targets)
+
+    def complete(self, targets: Sequence[int], sources: Sequence[int]) -> None:
+        """Fills what drafters' layers lack in some pages from other pages of the same text.
+
+        Nobody reads what is written to here: where a drafter's rows are missing, they are computed.
+
+        Args:
+            targets, sources: page ids, as many of each.
+        """
+        for own in self._registered:
+            pairs = [
+                (target, source)
+                for target, source in zip(targets, sources, strict=True)
+                if source in own.filled and target not in own.filled
+            ]
+            if pairs:
+                _copy(own.groups, [source for _, source in pairs], [page for page, _ in pairs])
+                own.filled.update(page for page, _ in pairs)
 
     def check_integrity(self, owned: Sequence[Sequence[int]]) -> None:
         """Checks that every page is free or owned as often as it is referenced.
@@ -248,6 +330,9 @@ class PagePool:
                 f"page {wrong[0]} is owned {count[wrong[0]]} times "
                 f"but has {self._references[wrong[0]]} references"
             )
+        for own in self._registered:
+            if stale := sorted(page for page in own.filled if not self._references[page]):
+                raise RuntimeError(f"page {stale[0]} is free, but a drafter's layers count on it")
         unowned = sorted(page for page, owners in enumerate(count) if owners == 0)
         if unowned != sorted(self._free):
             raise RuntimeError(f"free pages {sorted(self._free)} are not the unowned {unowned}")
@@ -264,6 +349,18 @@ def check_count(name: str, value: object, most: int | None = None) -> None:
     if value < 1 or (most is not None and value > most):
         allowed = "at least 1" if most is None else f"1 to {most}"
         raise ValueError(f"{name}: expected {allowed}, got {value}")
+
+
+def _layer(places: dict[int, tuple[LayerGroup, int]], index: int) -> LayerPages:
+    group, place = places[index]
+    return LayerPages(group.keys[place], group.values[place])
+
+
+def _copy(groups: Sequence[LayerGroup], sources: Sequence[int], targets: Sequence[int]) -> None:
+    for group in groups:
+        here, there = upload(sources, group.shape.device), upload(targets, group.shape.device)
+        for pages in (group.keys, group.values):
+            kernels.copy_pages(pages, here, there)
 
 
 def _longer(tensor: Tensor, pages: int) -> Tensor:

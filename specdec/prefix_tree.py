@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from specdec.pages import PagePool
+from specdec.pages import DraftLayers, PagePool
 
 Tokens = tuple[int, ...]
 
@@ -101,9 +101,21 @@ class PrefixTree:
             yield node
             stack += reversed(node.children.values())
 
-    def match(self, tokens: Sequence[int], key: Hashable = None) -> list[int]:
-        """The pages of the longest known prefix, in whole pages; they count as used now."""
-        return self._find(tuple(tokens), key)[2]
+    def match(
+        self, tokens: Sequence[int], key: Hashable = None, *, own: DraftLayers | None = None
+    ) -> list[int]:
+        """The pages of the longest known prefix, in whole pages; they count as used now.
+
+        Args:
+            tokens: of a text.
+            key: see the class.
+            own: a drafter's layers, which the pages have to be filled in; all pages do by default.
+        """
+        pages = self._find(tuple(tokens), key)[2]
+        if own is not None:
+            lacking = (at for at, page in enumerate(pages) if page not in own.filled)
+            pages = pages[: next(lacking, len(pages))]
+        return pages
 
     def insert(self, tokens: Sequence[int], pages: Sequence[int], key: Hashable = None) -> int:
         """Takes a text into the tree; the pages that it lacks get one more reference.
@@ -114,7 +126,8 @@ class PrefixTree:
             key: see the class.
 
         Returns:
-            How many pages the tree took. Where it has the text already it keeps its own.
+            How many pages the tree took. Where it has the text already it keeps its own, which get
+            what they lack of drafters' layers.
         """
         size = self.pool.page_size
         if len(tokens) < len(pages) * size:
@@ -126,6 +139,7 @@ class PrefixTree:
         text = tuple(tokens[: len(pages) * size])
         self._roots.setdefault(key, PrefixNode((), [], None))
         node, agree, known = self._find(text, key)
+        self.pool.complete(known, pages[: len(known)])
         new = list(pages[len(known) :])
         if new:
             rest = text[len(known) * size :]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 from specdec.cache import TreeKVCache
+from specdec.pages import DraftLayers
 from specdec.request import Policy, Request
 from specdec.stats import GenerationStats
 from specdec.target import Target
@@ -135,10 +136,14 @@ class Scheduler:
         request.key = key
         # What a model thinks of a prompt is only known to the pass that computes it.
         reuse = self.prefix_cache and request.prompt_scores is None
-        leader, common = self._leader(request) if reuse else (None, 0)
-        known = len(cache.prefixes.match(text, key)) if reuse else 0
+        own = self.target.layers_of(self.policy_of(request).drafter)
+        leader, common = self._leader(request, own) if reuse else (None, 0)
+        known = len(cache.prefixes.match(text, key, own=own)) if reuse else 0
         known *= cache.pool.page_size
-        given = 0 if request.origin is None else min(len(text), cache.length_bound(request.origin))
+        given = 0
+        if request.origin is not None:
+            given = min(len(text), cache.length_bound(request.origin))
+            given = self._filled(request.origin, own, given)
         if leader is not None and common > max(known, given):
             if leader.cached < common:
                 return False
@@ -146,7 +151,7 @@ class Scheduler:
         elif request.origin is not None and given >= known:
             request.sequence = cache.fork(request.origin, given)
         elif reuse:
-            request.sequence = cache.admit(text, key=key)
+            request.sequence = cache.admit(text, key=key, own=own)
         else:
             request.sequence = cache.admit()
         request.cached = cache.length_bound(request.sequence)
@@ -157,8 +162,16 @@ class Scheduler:
         self.policy_of(request).drafter.begin([request.number])
         return True
 
-    def _leader(self, request: Request) -> tuple[Request | None, int]:
-        """The running request with the most tokens in common, and how many before the root."""
+    def _filled(self, sequence: int, own: DraftLayers | None, tokens: int) -> int:
+        """How many of a sequence's first tokens a drafter can begin with."""
+        filled = None if own is None else self.cache.filled(sequence, own)
+        return tokens if filled is None else min(tokens, filled)
+
+    def _leader(self, request: Request, own: DraftLayers | None) -> tuple[Request | None, int]:
+        """The running request with the most tokens in common, and how many before the root.
+
+        Of requests whose drafter does not fill the layers `own`, only what is filled counts.
+        """
         size = self.cache.pool.page_size
         best, most = None, 0
         for other in self.running:
@@ -167,6 +180,7 @@ class Scheduler:
                 continue
             common = _common(other.tokens, request.tokens)
             common = min(common, len(other.tokens) - 1, len(request.tokens) - 1)
+            common = self._filled(other.sequence, own, common)
             if common > most:
                 best, most = other, common
         return best, most

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import TracebackType
@@ -17,6 +17,7 @@ from specdec.transfer import upload
 
 if TYPE_CHECKING:
     from specdec.cache import TreeKVCache
+    from specdec.pages import DraftLayers
 
 CHAIN = 128
 """Rows of a chain that are attended to as one: to them, those before are prefix like any other."""
@@ -35,8 +36,22 @@ class SequenceState:
     bound: int = 0  # of the committed length
     unsettled: int = 0  # rows of the bound that commits may not have kept
     left_out: int = 0  # tokens that a view does not show: its positions are later by as many
+    filled: dict[DraftLayers, int] = field(default_factory=dict)
+    """Tokens from the beginning that drafters' layers have; what is beyond the end is void."""
     lease: Speculation | None = None
     released: bool = False
+
+    def cap_filled(self, length: int) -> None:
+        """Takes back what drafters' layers have behind some tokens."""
+        self.filled = {own: min(filled, length) for own, filled in self.filled.items()}
+
+    def keep(self, most: int, *, settled: bool, filled: Iterable[DraftLayers]) -> None:
+        """Notes a commit of so many rows at most, and which drafters' layers have them, too."""
+        whole = [own for own in filled if self.filled.get(own, 0) >= self.bound]
+        self.cap_filled(self.bound - self.unsettled)
+        self.bound += most
+        self.unsettled += 0 if settled else most
+        self.filled.update(dict.fromkeys(whole, self.bound))
 
 
 class Speculation:
@@ -55,6 +70,7 @@ class Speculation:
         self._members = tuple(members)
         self._longest: tuple[int, ...] | None = None  # rows that the commit may have kept
         self._chosen = 0  # how many of the sequences may have kept fewer
+        self._filled: set[DraftLayers] = set()
         for member in members:
             member.lease = self
 
@@ -161,6 +177,11 @@ class Speculation:
             chain_starts=chain_starts,
         )
 
+    def fill(self, own: DraftLayers) -> None:
+        """Notes that a drafter has written its layers in the slots of all leased rows."""
+        self._check_open()
+        self._filled.add(own)
+
     def commit(self, paths: Tensor | None = None) -> None:
         """Keeps the leased rows named by `paths`, in that order, and forgets the others.
 
@@ -192,8 +213,7 @@ class Speculation:
             longest[:chosen] = [min(rows, paths.shape[1]) for rows in self.rows[:chosen]]
         self._longest = tuple(longest)
         for place, (member, count) in enumerate(zip(self._members, longest, strict=True)):
-            member.bound += count
-            member.unsettled += count if place < chosen else 0
+            member.keep(count, settled=place >= chosen, filled=self._filled)
         self._chosen = chosen
         self._close()
 
@@ -206,8 +226,7 @@ class Speculation:
         self._check_open()
         self._longest, self._chosen = (most,) * len(self.rows), len(self.rows)
         for member in self._members:
-            member.bound += most
-            member.unsettled += most
+            member.keep(most, settled=False, filled=self._filled)
         self._close()
 
     def settle(self, kept: Sequence[int]) -> None:

@@ -22,6 +22,7 @@ from specdec.attention import AttentionPlan, Backend
 from specdec.batch import TreeBatch
 from specdec.cache import Speculation, TreeKVCache
 from specdec.captured import StepGraphs
+from specdec.drafting import Drafter
 from specdec.fused import FusedModel, unfit
 from specdec.hooks import (
     ATTENTION,
@@ -31,11 +32,12 @@ from specdec.hooks import (
     PagedAttention,
     PassThroughCache,
     Probe,
+    Taps,
     attention_name,
     configs_of,
 )
 from specdec.identity import Weights
-from specdec.pages import LayerShape, PagePool
+from specdec.pages import DraftLayers, LayerShape, PagePool
 from specdec.support import UnsupportedModel, causal_model, check_model
 
 Layers = Literal["auto", "fused", "transformers"]
@@ -112,6 +114,8 @@ class Target:
             if max_cached_bytes is None:
                 max_cached_bytes = _memory(self.device) // CACHED_SHARE
             self.cache = TreeKVCache(pool, self.device, max_cached_bytes=max_cached_bytes)
+        # By id, since drafters need not be hashable; they are kept alive with it.
+        self._draft_layers: dict[int, tuple[Drafter, DraftLayers]] = {}
         self.graphs = StepGraphs(weakref.proxy(self))
         """The captured steps over this cache."""
 
@@ -190,7 +194,12 @@ class Target:
         return why
 
     def _run(
-        self, tokens: Tensor, positions: Tensor, handler: AttentionHandler, keep: int | Tensor
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        handler: AttentionHandler,
+        keep: int | Tensor,
+        taps: Taps | None = None,
     ) -> Tensor:
         with self.lock, attention_name(self._configs, ATTENTION):
             output = self.model(
@@ -200,12 +209,22 @@ class Target:
                 use_cache=True,
                 logits_to_keep=keep,
                 specdec_handler=handler,
+                **({} if taps is None else {"output_hidden_states": True}),
             )
+        if taps is not None:
+            for layer, state in enumerate(output.hidden_states):
+                taps.see(layer, state[0], layers=len(output.hidden_states) - 1)
         logits: Tensor = output.logits[0]
         return logits.to(self.device)
 
     @torch.no_grad()
-    def forward(self, tokens: Tensor, plan: AttentionPlan, keep: int | Tensor = 0) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        plan: AttentionPlan,
+        keep: int | Tensor = 0,
+        taps: Taps | None = None,
+    ) -> Tensor:
         """One pass of the model over packed rows; their keys and values are written to the pool.
 
         Args:
@@ -213,17 +232,37 @@ class Target:
             plan: where each row is written and what it sees.
             keep: which rows' logits to compute: an index tensor, or the number of last rows, 0
                 for all.
+            taps: what is to be kept of the layers' outputs.
 
         Returns:
             [kept rows, V] logits in the dtype of the model's head.
+
+        Raises:
+            ValueError: the model has no layer of which an output is wanted.
         """
+        if taps is not None:
+            taps.check(len(self._calls))
         if self.last_position is not None:
             plan = plan.held(self.last_position)
         if self.fused is not None:
             with self.lock, torch.cuda.device_of(tokens):
-                return self.fused.forward(tokens, plan, self.cache.pool, self.backend, keep)
+                return self.fused.forward(tokens, plan, self.cache.pool, self.backend, keep, taps)
         handler = PagedAttention(self.cache.pool, plan, self.backend)
-        return self._run(tokens, plan.positions, handler, keep)
+        return self._run(tokens, plan.positions, handler, keep, taps)
+
+    def layers_of(self, drafter: Drafter) -> DraftLayers | None:
+        """A drafter's own layers in the cache, registered when first asked for; None for none."""
+        if id(drafter) not in self._draft_layers:
+            shapes = drafter.layer_shapes(self)
+            if not shapes:
+                return None
+            self._draft_layers[id(drafter)] = drafter, self.cache.pool.register(shapes)
+        return self._draft_layers[id(drafter)][1]
+
+    def forget(self, drafter: Drafter) -> None:
+        """Gives up a drafter's own layers, and their memory with them."""
+        if id(drafter) in self._draft_layers:
+            self.cache.pool.unregister(self._draft_layers.pop(id(drafter))[1])
 
     def prefill(
         self, sequences: Sequence[int], prompts: Sequence[Tensor], *, chunk: int = 512

@@ -6,15 +6,20 @@ Triton's interpreter takes seconds for a step.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from specdec.drafters import NGram
+from specdec.drafting import DeviceDrafter, DraftBuffers, SequenceDrafter
 from specdec.fused import FusedModel
 from specdec.hooks import ATTENTION, PagedAttention, PassThroughCache, attention_name, configs_of
 from specdec.kernels import ngram, steps
+from specdec.tree import TokenTree
 
 
 def slot(page_table: Tensor, page_size: int, sequence: int, place: int) -> int:
@@ -118,26 +123,65 @@ def draft(
     max_depth: int,
     decay: float,
 ) -> None:
-    nodes = len(tokens) // len(lengths)
-    drafter = NGram(max_ngram, max_depth, places.shape[1])
+    fill(
+        NGram(max_ngram, max_depth, places.shape[1]),
+        DraftBuffers(text, lengths, tokens, parents, counts),
+    )
+
+
+def fill(drafter: SequenceDrafter, buffers: DraftBuffers) -> None:
+    """What a drafter proposes on the host, where a captured step looks for it."""
+    text, lengths, tokens = buffers.text, buffers.lengths, buffers.tokens
+    parents, counts, nodes = buffers.parents, buffers.counts, buffers.nodes
     for request, length in enumerate(lengths.tolist()):
         tree = drafter.draft(text[request, :length].tolist(), nodes)
-        fill = nodes - len(tree)
+        missing = nodes - len(tree)
         rows = slice(request * nodes, (request + 1) * nodes)
-        tokens[rows] = tokens.new_tensor([*tree.tokens.tolist(), *[int(tree.tokens[0])] * fill])
-        parents[rows] = parents.new_tensor([*tree.parents.tolist(), *[0] * fill])
+        tokens[rows] = tokens.new_tensor([*tree.tokens.tolist(), *[int(tree.tokens[0])] * missing])
+        parents[rows] = parents.new_tensor([*tree.parents.tolist(), *[0] * missing])
         counts[request] = len(tree)
 
 
+class OnDevice(SequenceDrafter):
+    """A drafter of the host that captured steps can have too, as long as the device is the host."""
+
+    def __init__(self, drafter: SequenceDrafter) -> None:
+        self._drafter = drafter
+
+    def draft(self, tokens: Sequence[int], nodes: int) -> TokenTree:
+        return self._drafter.draft(tokens, nodes)
+
+    def on_device(self, requests: int, device: torch.device) -> DeviceDrafter:
+        return _Filled(self._drafter)
+
+
+class _Filled(DeviceDrafter):
+    max_depth = 63
+
+    def __init__(self, drafter: SequenceDrafter) -> None:
+        self._drafter = drafter
+
+    def draft(self, buffers: DraftBuffers) -> None:
+        fill(self._drafter, buffers)
+
+
 def forward(
-    model: FusedModel, tokens: Tensor, plan: Any, pool: Any, backend: Any, keep: int | Tensor
+    model: FusedModel,
+    tokens: Tensor,
+    plan: Any,
+    pool: Any,
+    backend: Any,
+    keep: int | Tensor,
+    taps: None = None,
 ) -> Tensor:
     """transformers' forward in place of the fused one."""
+    names = inspect.signature(type(model.model).forward).parameters
+    name = "cache" if "cache" in names else "past_key_values"
     with attention_name(configs_of(model.model), ATTENTION):
         output = model.model(
             input_ids=tokens[None],
             position_ids=plan.positions[None],
-            past_key_values=PassThroughCache(),
+            **{name: PassThroughCache()},
             use_cache=True,
             logits_to_keep=keep,
             specdec_handler=PagedAttention(pool, plan, "sdpa"),

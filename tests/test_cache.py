@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from specdec.batch import TreeBatch
 from specdec.cache import NULL_SEQUENCE, Speculation, TreeKVCache
 from specdec.kernels import cache as kernels
-from specdec.pages import LayerShape, OutOfPages, PagePool
+from specdec.pages import DraftLayers, LayerShape, OutOfPages, PagePool
 from specdec.prefix_tree import Pin
 from specdec.transfer import upload
 from specdec.tree import TokenTree
@@ -23,6 +23,10 @@ LAYERS = [
     LayerShape(1, 4, 6, torch.float32, CPU),  # another group: fewer heads, wider values
     LayerShape(2, 4, 4, torch.float32, CPU),
 ]
+
+
+OWN = [LayerShape(1, 2, 3, torch.float64, CPU), LayerShape(3, 1, 1, torch.float32, CPU)]
+"""The layers of a drafter."""
 
 
 def new_cache(page_size: int = 4, max_pages: int | None = None) -> TreeKVCache:
@@ -36,22 +40,27 @@ def poison(cache: TreeKVCache) -> None:
         group.values.fill_(torch.nan)
 
 
-def write(cache: TreeKVCache, slots: torch.Tensor, marks: torch.Tensor) -> None:
-    """Writes a number that tells the rows apart into every layer."""
-    for index, shape in enumerate(LAYERS):
-        pages = cache.pool.layer(index)
+def write(
+    cache: TreeKVCache, slots: torch.Tensor, marks: torch.Tensor, own: DraftLayers | None = None
+) -> None:
+    """Writes a number that tells the rows apart into every layer of the model or of a drafter."""
+    for index, shape in enumerate(OWN if own else LAYERS):
+        pages = (own or cache.pool).layer(index)
         for tensor, dim in ((pages.keys, shape.key_dim), (pages.values, shape.value_dim)):
             rows = (marks + index)[:, None, None].expand(-1, shape.kv_heads, dim)
             kernels.write_rows(tensor, slots, rows)
 
 
-def read(cache: TreeKVCache, sequence: int) -> list[list[float]]:
+def read(cache: TreeKVCache, sequence: int, own: DraftLayers | None = None) -> list[list[float]]:
     """The committed marks of a sequence, by layer; every head and dimension must agree."""
     length = int(cache.lengths[sequence])
+    if own is not None:
+        filled = cache.filled(sequence, own)
+        length = length if filled is None else filled
     slots = cache.slots(torch.full((length,), sequence), torch.arange(length))
     out = []
-    for index in range(len(LAYERS)):
-        pages = cache.pool.layer(index)
+    for index in range(len(OWN if own else LAYERS)):
+        pages = (own or cache.pool).layer(index)
         keys, values = pages.keys.flatten(0, 1)[slots], pages.values.flatten(0, 1)[slots]
         for tensor in (keys, values):
             assert torch.equal(tensor, tensor[:, :1, :1].expand_as(tensor))
@@ -73,7 +82,8 @@ class CacheMachine(RuleBasedStateMachine):
     """Random operations on several sequences, compared with a dictionary of what they hold.
 
     What is written for a token depends on its key and on all tokens before it, as K and V do. Texts
-    are made of two tokens, so that they often begin alike.
+    are made of two tokens, so that they often begin alike. A drafter has layers of its own, and
+    fills them when it likes.
     """
 
     texts = st.lists(st.integers(0, 1), max_size=14)
@@ -81,6 +91,7 @@ class CacheMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.cache = new_cache(page_size=2, max_pages=40)
+        self.own = self.cache.pool.register(OWN)
         self.model: dict[int, Text] = {}
         self.marks: dict[Text, float] = {}
         self.pins: list[tuple[Pin, Text]] = []
@@ -97,13 +108,15 @@ class CacheMachine(RuleBasedStateMachine):
         self.model[sequence] = text
 
     @precondition(lambda self: len(self.model) < 5)
-    @rule(prompt=texts, key=st.sampled_from("ab"), later=st.booleans())
-    def admit(self, prompt: list[int], key: str, later: bool) -> None:
-        sequence = self.cache.admit() if later else self.cache.admit(prompt, key=key)
+    @rule(prompt=texts, key=st.sampled_from("ab"), later=st.booleans(), drafted=st.booleans())
+    def admit(self, prompt: list[int], key: str, later: bool, drafted: bool) -> None:
+        own = self.own if drafted else None
+        sequence = self.cache.admit() if later else self.cache.admit(prompt, key=key, own=own)
         if later:
-            self.cache.adopt(sequence, prompt, key=key)
+            self.cache.adopt(sequence, prompt, key=key, own=own)
         known = self.cache.length_bound(sequence)
         assert known % 2 == 0
+        assert not drafted or self.cache.filled(sequence, self.own) is None
         self.add(sequence, (key, tuple(prompt[:known])))
 
     @precondition(lambda self: self.model and len(self.model) < 5)
@@ -112,7 +125,9 @@ class CacheMachine(RuleBasedStateMachine):
         parent = self.sequence(data)
         key, tokens = self.model[parent]
         length = data.draw(st.integers(0, len(tokens))) if cut else None
-        if parent in self.unsettled():
+        state = self.cache._sequences[parent]
+        settled = state.bound - state.unsettled
+        if parent in self.unsettled() and (length is None or length > settled):
             with pytest.raises(RuntimeError, match="closed and settled"):
                 self.cache.fork(parent, length)
         else:
@@ -160,8 +175,8 @@ class CacheMachine(RuleBasedStateMachine):
             self.pins.append((pin, (key, tuple(prompt[: 2 * len(pin.pages)]))))
 
     @precondition(lambda self: self.model)
-    @rule(data=st.data(), settle=st.sampled_from([True, True, False]))
-    def speculate(self, data: st.DataObject, settle: bool) -> None:
+    @rule(data=st.data(), settle=st.sampled_from([True, True, False]), drafted=st.booleans())
+    def speculate(self, data: st.DataObject, settle: bool, drafted: bool) -> None:
         chosen = data.draw(st.lists(st.sampled_from(sorted(self.model)), min_size=1, unique=True))
         rows = [data.draw(st.integers(1, 7)) for _ in chosen]
         how = data.draw(st.sampled_from(["path", "path", "all", "nothing", "error"]))
@@ -180,7 +195,11 @@ class CacheMachine(RuleBasedStateMachine):
         try:
             with self.cache.speculate(chosen, rows) as lease:
                 self.cache.check_integrity()
-                write(self.cache, lease.plan_chains().slots, marks)
+                slots = lease.plan_chains().slots
+                write(self.cache, slots, marks)
+                if drafted:
+                    write(self.cache, slots, marks, self.own)
+                    lease.fill(self.own)
                 if how == "error":
                     raise KeyboardInterrupt
                 if how == "all":
@@ -207,6 +226,8 @@ class CacheMachine(RuleBasedStateMachine):
         for sequence, (key, tokens) in self.model.items():
             expected = [self.mark(key, tokens[: at + 1]) for at in range(len(tokens))]
             assert all(layer == expected for layer in read(self.cache, sequence))
+            for layer in read(self.cache, sequence, self.own):
+                assert layer == expected[: len(layer)]
         for pin, (key, tokens) in self.pins:
             assert self.cache.prefixes.match(tokens, key) == pin.pages
         usage = self.cache.usage()
@@ -231,6 +252,83 @@ CacheMachine.TestCase.settings = settings(
     max_examples=200, stateful_step_count=50, deadline=None, derandomize=True
 )
 TestCacheMachine = CacheMachine.TestCase
+
+
+def drafted(cache: TreeKVCache, sequence: int, rows: int, own: DraftLayers | None) -> None:
+    """Commits rows 0, 1, ... of the target and, if it is there, of a drafter."""
+    with cache.speculate([sequence], [rows]) as lease:
+        marks = torch.arange(float(rows)) + int(cache.lengths[sequence])
+        write(cache, lease.plan_chains().slots, marks)
+        if own is not None:
+            write(cache, lease.plan_chains().slots, marks, own)
+            lease.fill(own)
+        lease.commit()
+
+
+def test_pages_that_a_drafter_has_not_filled_do_not_match_for_it_but_for_others() -> None:
+    cache, text = new_cache(), range(12)
+    first, second = cache.pool.register(OWN), cache.pool.register(OWN)
+    plain = cache.admit(text, own=first)
+    drafted(cache, plain, 4, first)
+    drafted(cache, plain, 4, None)  # it misses these, so what it writes later is of no use to it
+    drafted(cache, plain, 4, first)
+    assert (cache.filled(plain, first), cache.filled(plain, second)) == (4, 0)
+    child = cache.fork(plain, 3)
+    assert cache.filled(child, first) is None
+    cache.remember(plain, text)
+    assert len(cache.prefixes.match(text)) == 3
+    assert len(cache.prefixes.match(text, own=first)) == 1
+    assert cache.prefixes.match(text, own=second) == []
+    # Whoever computes the text again with a drafter completes the pages that are there.
+    known = cache.prefixes.match(text)
+    for own in (first, second):
+        again = cache.admit(text, own=own)
+        assert cache.length_bound(again) == (4 if own is first else 0)
+        drafted(cache, again, 12 - cache.length_bound(again), own)
+        cache.remember(again, text)
+        cache.release(again)
+        assert cache.prefixes.match(text, own=own) == known
+    for own in (first, second):
+        found = cache.admit(text, own=own)
+        assert read(cache, found, own) == [list(map(float, text))] * 4
+        cache.release(found)
+    cache.check_integrity()
+    cache.pool.unregister(first)
+    assert len(cache.pool.groups) == 4
+    cache.release(plain)
+    cache.release(child)
+    cache.prefixes.evict(3)
+    assert not second.filled
+    cache.check_integrity()
+
+
+def test_a_page_that_was_cut_and_written_again_counts_as_not_filled() -> None:
+    cache = new_cache()
+    own = cache.pool.register(OWN)
+    sequence = cache.admit()
+    drafted(cache, sequence, 8, own)
+    cache.remember(sequence, range(8))
+    cache.prefixes.clear()
+    cache.prune(sequence, 6)
+    drafted(cache, sequence, 2, None)
+    cache.remember(sequence, range(8))
+    assert len(cache.prefixes.match(range(8), own=own)) == 1
+    cache.prune(sequence, 6)
+    drafted(cache, sequence, 2, own)
+    assert cache.filled(sequence, own) is None
+
+
+def test_a_view_shows_what_a_drafter_has_filled_of_its_pages() -> None:
+    cache = new_cache()
+    own = cache.pool.register(OWN)
+    sequence = cache.admit()
+    drafted(cache, sequence, 9, own)
+    assert cache.filled(cache.view(sequence, [0, 2]), own) is None
+    drafted(cache, sequence, 4, None)
+    view = cache.view(sequence, [0, 2, 3])
+    assert (cache.length_bound(view), cache.filled(view, own)) == (9, 4)
+    with pytest.raises(ValueError, match="layers: expected at least one"):
+        cache.pool.register([])
 
 
 def test_a_committed_path_is_compacted_over_its_own_rows() -> None:

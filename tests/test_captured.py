@@ -19,7 +19,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 import specdec
 from specdec.drafters import NGram
 from specdec.kernels import ngram, steps
-from specdec.testing import TINY, tiny_model
+from specdec.testing import TINY, OracleDrafter, RandomDrafter, tiny_model
 from tests import plain_steps
 
 VOCAB = TINY["vocab_size"]
@@ -60,6 +60,12 @@ def greedy(hf_model: Any, ids: Tensor, new: int = NEW, **options: Any) -> Tensor
 
 def alone(hf_model: Any, prompt: list[int], new: int = NEW) -> list[int]:
     return greedy(hf_model, torch.tensor([prompt]), new)[0, len(prompt) :].tolist()
+
+
+def oracle(hf_model: Any, ids: Tensor, corrupt: float = 0.2) -> plain_steps.OnDevice:
+    """Mostly right, also behind the ends of the texts."""
+    known = greedy(hf_model, ids, NEW + 20).tolist()
+    return plain_steps.OnDevice(OracleDrafter(known, corrupt=corrupt, vocab_size=VOCAB))
 
 
 def nothing_left(model: Any) -> None:
@@ -103,14 +109,32 @@ def test_stats_and_tokens_are_those_of_steps_that_are_not_captured(
     assert 0 <= out.stats.accepted - expected.stats.accepted <= len(ids)
 
 
-@pytest.mark.parametrize("place", range(1, NEW))
+@pytest.mark.parametrize("drafter", ["ngram", "random", "oracle"])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_drafts_good_and_bad_change_nothing(
+    hf_model: Any, drafter: str, prefix_cache: bool
+) -> None:
+    ids = texts(3)
+    drafters = {
+        "oracle": oracle(hf_model, ids),
+        "random": plain_steps.OnDevice(RandomDrafter(VOCAB)),
+    }
+    model = wrap(hf_model, drafters.get(drafter, drafter), nodes=13, prefix_cache=prefix_cache)
+    for new in (NEW, NEW + 13):
+        out = model.generate(ids, max_new_tokens=new, do_sample=False, return_dict_in_generate=True)
+        assert torch.equal(out.sequences, greedy(hf_model, ids, new))
+        assert drafter != "oracle" or out.stats.tokens_per_step > 2.5
+        nothing_left(model)
+
+
+@pytest.mark.parametrize("place", [*range(1, 9), NEW - 2, NEW - 1])
 def test_text_ends_with_the_end_of_sequence_wherever_it_is_in_a_path(
     hf_model: Any, place: int
 ) -> None:
     ids = texts(3)
     end = int(greedy(hf_model, ids)[0, ids.shape[1] + place])
     options = {"eos_token_id": end, "pad_token_id": 0}
-    model = wrap(hf_model)
+    model = wrap(hf_model, oracle(hf_model, ids, 0.0), nodes=11)
     out = model.generate(ids, max_new_tokens=NEW, do_sample=False, **options)
     assert torch.equal(out, greedy(hf_model, ids, **options))
     nothing_left(model)
@@ -119,7 +143,7 @@ def test_text_ends_with_the_end_of_sequence_wherever_it_is_in_a_path(
 @pytest.mark.parametrize("new", [1, 2, 3, 15, 16, 17])
 def test_text_ends_at_the_length_limit(hf_model: Any, new: int) -> None:
     ids = texts(3)
-    model = wrap(hf_model)
+    model = wrap(hf_model, oracle(hf_model, ids, 0.0), nodes=11)
     assert torch.equal(
         model.generate(ids, max_new_tokens=new, do_sample=False), greedy(hf_model, ids, new)
     )
@@ -138,7 +162,7 @@ class After(StoppingCriteria):
 
 def test_criteria_on_the_host_end_a_text_where_they_say(hf_model: Any) -> None:
     ids = texts()
-    model = wrap(hf_model)
+    model = wrap(hf_model, oracle(hf_model, ids, 0.0), nodes=11)
     for length in range(ids.shape[1] + 1, ids.shape[1] + 12):
         criteria = StoppingCriteriaList([After(length)])
         out = model.generate(ids, stopping_criteria=criteria, max_new_tokens=NEW, do_sample=False)
@@ -149,7 +173,8 @@ def test_criteria_on_the_host_end_a_text_where_they_say(hf_model: Any) -> None:
 
 
 def test_closing_a_stream_early_leaves_nothing_and_what_follows_is_right(hf_model: Any) -> None:
-    model, ids = wrap(hf_model), texts(2)
+    ids = texts(2)
+    model = wrap(hf_model, oracle(hf_model, ids))
     for count in range(1, 5):
         stream = model.stream(ids, max_new_tokens=NEW, do_sample=False)
         for _ in range(count):
@@ -244,7 +269,7 @@ def test_cancelling_while_a_step_is_in_flight(hf_model: Any) -> None:
 def test_pages_for_half_of_the_requests_are_enough(hf_model: Any) -> None:
     ids = texts(4, 20)
     need = 4 * -(-(ids.shape[1] + NEW + 8) // 16)
-    model = wrap(hf_model, max_pages=need // 2)
+    model = wrap(hf_model, oracle(hf_model, ids, 0.5), max_pages=need // 2)
     out = model.generate(ids, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True)
     assert torch.equal(out.sequences, greedy(hf_model, ids))
     assert out.stats.preemptions > 0
@@ -281,7 +306,8 @@ def test_branches_inherit_what_captured_steps_wrote(hf_model: Any) -> None:
     model = wrap(hf_model)
     prompt = texts(1)[0].tolist()
     text = prompt + alone(hf_model, prompt, 60)
-    end = text[len(prompt) + 7]
+    end = text[len(prompt) + 17]
+    model.drafter = plain_steps.OnDevice(OracleDrafter([text], corrupt=0.1, vocab_size=VOCAB))
     with model.branch(prompt) as root:
         twin, other = root.fork(2)
         other.append([5, 6, 7])
@@ -376,10 +402,13 @@ def test_a_criterion_may_generate_with_the_model_whose_steps_are_in_flight(hf_mo
 
 def test_unwrapping_frees_the_cache_at_once(hf_model: Any) -> None:
     model = wrap(hf_model)
-    model.generate(texts(1), max_new_tokens=6, do_sample=False)
     cache = weakref.ref(model.cache)
     gc.disable()
     try:
+        stream = model.stream(texts(1), max_new_tokens=NEW, do_sample=False)
+        next(stream)
+        stream.close()  # with a step in flight
+        del stream
         model.unwrap()
         assert cache() is None
     finally:
@@ -393,7 +422,7 @@ def test_unwrapping_frees_the_cache_at_once(hf_model: Any) -> None:
         ({"layers": "transformers"}, {}, "layers by transformers: transformers was asked for"),
         ({}, {"repetition_penalty": 1.2}, "the rule 'greedy' with these options is not captured"),
         ({}, {"output_scores": True}, "scores or logits are kept"),
-        ({"drafter": specdec.testing.RandomDrafter(VOCAB)}, {}, "RandomDrafter drafts on the host"),
+        ({"drafter": RandomDrafter(VOCAB)}, {}, "RandomDrafter drafts on the host"),
     ],
 )
 def test_steps_that_are_not_captured_say_why(

@@ -19,6 +19,7 @@ from specdec.captured import Graph
 from specdec.eval.attention.bench import provenance
 from specdec.eval.generate.arms import Arm
 from specdec.eval.generate.shapes import Subject
+from specdec.eval.kernel_times import kernel_times
 
 PARTS = {
     "draft": ("_draft_kernel",),
@@ -228,8 +229,6 @@ def _steps(arm: Arm, prompt: Tensor) -> list[StepResult]:
 
 
 def _take_apart(nodes: int, graph: Graph) -> StepResult:
-    from torch.profiler import ProfilerActivity, profile
-
     assert graph.graph is not None
     replays = 20
     for _ in range(3):
@@ -241,15 +240,9 @@ def _take_apart(nodes: int, graph: Graph) -> StepResult:
     end.record()
     torch.cuda.synchronize()
     found = StepResult(nodes, begin.elapsed_time(end) / replays)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        graph.graph.replay()
-        torch.cuda.synchronize()
-    kernels: dict[str, tuple[int, float]] = {}
-    for event in profiler.events() or []:
-        if event.device_type.name == "CUDA":
-            count, us = kernels.get(event.name, (0, 0.0))
-            kernels[event.name] = (count + 1, us + event.device_time)
-    for name, (count, us) in sorted(kernels.items(), key=lambda item: -item[1][1]):
+    times = kernel_times(graph.graph.replay)
+    for name, (count, seconds) in sorted(times.items(), key=lambda item: -item[1][1]):
+        us = seconds * 1e6
         found.kernels.append((name[:100], count, us))
         part = next((p for p, words in PARTS.items() if any(w in name for w in words)), "other")
         found.parts[part] = found.parts.get(part, 0.0) + us / 1000
