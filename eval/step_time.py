@@ -2,7 +2,7 @@
 
 A step over `rows` tree nodes behind `context` committed tokens is modelled as
 
-    target(rows, context) = f(rows) + c * context        f rises, piecewise linear, knots at 2**k
+    target(rows, context) = f(rows) + c * context        f rises, piecewise linear
     draft(rows)           = d + e * rows
 
 Every row of a run says how long all of its steps took together and how many nodes each tree had, so
@@ -22,6 +22,10 @@ from numpy.typing import NDArray
 from specdec.eval.records import Row
 
 Array = NDArray[np.float64]
+
+KNOTS = (1, 2, 16, 128, 1024)
+"""One row is a product of a matrix with a vector, several are a product of matrices, which fill a
+small tile at 16 rows and a large one at 128. With more knots the fit would follow the noise."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +121,7 @@ def fit(rows: Sequence[Row]) -> StepTime:
     largest = max((size for row in good for size in row.tree_sizes), default=0)
     if largest < 2:
         raise ValueError("a fit needs rows with trees of several sizes, such as 4 and 32 nodes")
-    knots = [1]
-    while knots[-1] < largest:
-        knots.append(min(2 * knots[-1], largest))
+    knots = [*(knot for knot in KNOTS if knot < largest), largest]
     design = np.array([_features(row, knots) for row in good])
     spent = np.array([row.decode_seconds - row.seconds.get("draft", 0.0) for row in good])
     found = _least_squares(design, spent)
