@@ -25,6 +25,7 @@ app = typer.Typer(
     invoke_without_command=True,
     pretty_exceptions_show_locals=False,
 )
+
 app.command()(report)
 
 

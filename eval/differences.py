@@ -12,6 +12,7 @@ without a verdict: two runs may have had different machines, and always had diff
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -23,9 +24,9 @@ from rich.table import Table
 from specdec.eval.metrics import (
     LEVEL,
     METRICS,
-    RESAMPLES,
     Metric,
     categories,
+    interval,
     ratio,
     sums_by_prompt,
 )
@@ -96,8 +97,7 @@ def differences(before: RunFolder, after: RunFolder) -> list[Difference]:
         group = [
             difference
             for configuration in common
-            for name in (*JUDGED, *SHOWN)
-            if not (configuration.is_plain and METRICS[name].against)
+            for name in (*(() if configuration.is_plain else JUDGED), *SHOWN)
             if (
                 difference := _difference(
                     METRICS[name],
@@ -129,9 +129,9 @@ def _difference(
         return None
     tables = [np.array([side[prompt] for prompt in prompts]).T for side in sums]
     before, after = (float(ratio(table)) for table in tables)
-    if not (np.isfinite(before) and np.isfinite(after)):
-        return None
-    low, high = _interval(*tables)
+    if not (np.isfinite(before) and np.isfinite(after)) or before == after == 0:
+        return None  # nothing was drafted, or nothing accepted
+    low, high = interval(_change, np.concatenate(tables))
     p_value = _p_value(*tables) if metric.name in JUDGED and len(prompts) > 1 else None
     return Difference(
         own[0].name, category, metric.name, before, after, low, high, len(prompts), p_value
@@ -170,29 +170,11 @@ def _p_value(before: NDArray[Any], after: NDArray[Any]) -> float:
     return float(test.pvalue)
 
 
-def _interval(before: NDArray[Any], after: NDArray[Any]) -> tuple[float, float]:
-    from scipy import stats
-
-    if before.shape[1] < 2:
-        return (float("nan"), float("nan"))
-    parts = len(before)
-
-    def change(*sums: NDArray[Any], axis: int) -> NDArray[Any]:
-        left, right = np.stack(sums[:parts]), np.stack(sums[parts:])
-        moved: NDArray[Any] = ratio(right, axis) / ratio(left, axis) - 1
-        return moved
-
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = stats.bootstrap(
-            (*before, *after),
-            change,
-            paired=True,
-            n_resamples=RESAMPLES,
-            confidence_level=LEVEL,
-            method="percentile",
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-    return (float(found.low), float(found.high))
+def _change(both: NDArray[Any], axis: int) -> NDArray[Any]:
+    """Relative, of the ratio of sums: the first half of the parts is before, the second after."""
+    before, after = np.split(both, 2)
+    moved: NDArray[Any] = ratio(after, axis) / ratio(before, axis) - 1
+    return moved
 
 
 def _adjusted(found: Sequence[Difference]) -> list[Difference]:
@@ -218,7 +200,7 @@ def difference_table(found: Sequence[Difference]) -> Table:
                 METRICS[d.metric].label,
                 f"{d.before:.3g}",
                 f"{d.after:.3g}",
-                f"{d.change:+.1%} [{d.low:+.1%}, {d.high:+.1%}]",
+                "" if math.isnan(d.change) else f"{d.change:+.1%} [{d.low:+.1%}, {d.high:+.1%}]",
                 f"[{style}]{d.verdict}[/]" if style else d.verdict,
             )
     return table

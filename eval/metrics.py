@@ -10,6 +10,7 @@ the clock scatters between prompts; not what another machine would do.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -154,7 +155,7 @@ class Measure:
     value: float
     low: float
     high: float
-    """Both NaN for fewer than two prompts."""
+    """Both NaN where there is no interval, as for a single prompt."""
     prompts: int
 
     def __str__(self) -> str:
@@ -177,7 +178,7 @@ def measure(metric: Metric, rows: Iterable[Row], baseline: Iterable[Row] = ()) -
     value = float(ratio(table))
     if not np.isfinite(value):
         return None
-    low, high = _interval(table)
+    low, high = interval(ratio, table)
     return Measure(value, low, high, table.shape[1])
 
 
@@ -222,20 +223,33 @@ def ratio(table: NDArray[Any], axis: int = -1) -> NDArray[Any]:
         return value if len(sums) == 2 else value / (sums[2] / sums[3])
 
 
-def _interval(table: NDArray[Any]) -> tuple[float, float]:
+def interval(
+    statistic: Callable[[NDArray[Any], int], NDArray[Any]], table: NDArray[Any]
+) -> tuple[float, float]:
+    """The bootstrap interval of a statistic, drawing columns (prompts) with replacement.
+
+    Args:
+        statistic: of [k, ..., prompts] along an axis.
+        table: [k, prompts].
+
+    Returns:
+        Both ends; NaN for fewer than two prompts, and where some draws leave nothing to divide by.
+    """
     from scipy import stats
 
     if table.shape[1] < 2:
         return (float("nan"), float("nan"))
-    found = stats.bootstrap(
-        tuple(table),
-        lambda *parts, axis: ratio(np.stack(parts), axis),
-        paired=True,
-        n_resamples=RESAMPLES,
-        confidence_level=LEVEL,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
+    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # then it is NaN
+        found = stats.bootstrap(
+            tuple(table),
+            lambda *parts, axis: statistic(np.stack(parts), axis),
+            paired=True,
+            n_resamples=RESAMPLES,
+            confidence_level=LEVEL,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
     return (float(found.low), float(found.high))
 
 

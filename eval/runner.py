@@ -47,7 +47,7 @@ def run_grid(grid: Grid, folder: RunFolder) -> list[Row]:
     Raises:
         ValueError: something in the grid cannot be run, or the folder has another run.
     """
-    state = PartialState()
+    state = _processes(grid)
     suites = load_suites(grid.suites, grid.settings.limit)
     configurations = grid.configurations()
     targets = list(dict.fromkeys(c.target for c in configurations))
@@ -66,6 +66,12 @@ def run_grid(grid: Grid, folder: RunFolder) -> list[Row]:
         del lab, texts, arms  # before the next target takes their memory
     assert session is not None
     return session.finish(configurations)
+
+
+def _processes(grid: Grid) -> PartialState:
+    """This process among those launched with it; they wait for the slowest, however long."""
+    on_cpu = grid.settings.device == "cpu" or not torch.cuda.is_available()
+    return PartialState(cpu=on_cpu, timeout=datetime.timedelta(days=7))
 
 
 def _sized(configuration: Configuration, device: str) -> Configuration:

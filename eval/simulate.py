@@ -310,24 +310,25 @@ def _texts(run: Run, rows: Sequence[Row], target: str) -> list[tuple[Sequence[in
 
 
 def prediction_table(found: Sequence[Prediction]) -> Table:
-    """One line for each tree and batch size."""
-    table = Table(
-        "tree", "batch", "tokens/step", "ms/step", "tokens/s", "speed-up", "measured", "error",
-        "requests/s", "latency",
-    )  # fmt: skip
+    """One line for each tree and batch size; columns that would be empty are left out."""
+    fleet = any(p.batch > 1 for p in found)
+    compared = any(p.measured is not None for p in found)
+    table = Table("tree", *(["batch"] if fleet else []), "tokens/step", "ms/step", "tokens/s")
+    table.add_column("speed-up")
+    if compared:
+        table.add_column("measured (error)")
+    if fleet:
+        table.add_column("requests/s")
+        table.add_column("latency")
     for p in found:
-        table.add_row(
-            p.tree,
-            str(p.batch),
-            f"{p.tokens_per_step:.2f}",
-            f"{p.step_ms:.1f}{' *' if p.extrapolated else ''}",
-            f"{p.tokens_per_second:.1f}",
-            f"{p.speedup:.2f}",
-            "" if p.measured is None else f"{p.measured:.2f}",
-            "" if p.error is None else f"{p.error:+.1%}",
-            f"{p.requests_per_second:.2f}",
-            f"{p.latency:.2f} s",
-        )
+        cells = [p.tree, *([str(p.batch)] if fleet else []), f"{p.tokens_per_step:.2f}"]
+        cells += [f"{p.step_ms:.1f}{' *' if p.extrapolated else ''}"]
+        cells += [f"{p.tokens_per_second:.1f}", f"{p.speedup:.2f}"]
+        if compared:
+            cells.append("" if p.error is None else f"{p.measured:.2f} ({p.error:+.1%})")
+        if fleet:
+            cells += [f"{p.requests_per_second:.2f}", f"{p.latency:.2f} s"]
+        table.add_row(*cells)
     if any(p.extrapolated for p in found):
         table.caption = "* more rows than were ever timed"
     return table

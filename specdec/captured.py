@@ -24,7 +24,7 @@ from specdec.budget import NodeBudget
 from specdec.cache import Speculation
 from specdec.drafting import DeviceDrafter, DraftBuffers, Drafter, RootsOnly
 from specdec.transfer import upload
-from specdec.verify import DeviceChoice
+from specdec.verify import AcceptanceRule, DeviceChoice
 
 if TYPE_CHECKING:
     from specdec.load import Lane
@@ -37,6 +37,8 @@ SHORTEST = 1024
 """Of the prefixes that a graph is made for; later ones are for twice as many tokens."""
 
 
+MOST = 64
+"""Steps that are kept captured; drafters and options that are new with every request add more."""
 TIME_MEMORY = 0.2
 """Weight of the newest time of a step among those before."""
 
@@ -275,8 +277,8 @@ class StepGraphs:
         longest = max(SHORTEST, 1 << (longest - 1).bit_length())
         count, device = len(texts.lengths), self.target.device
         # What all requests with such options have in common, not the policy of one call.
-        how = (id(policy.drafter), type(policy.rule), policy.sampler.settings)
-        key = (count, how, nodes, policy.nodes, longest, shared)
+        how = _same(policy.drafter) if nodes > 1 else None, _settings(policy.rule)
+        key = (count, how, policy.sampler.settings, nodes, policy.nodes, longest, shared)
         if key not in self._graphs:
             drafter = policy.drafter.on_device(count, device) if nodes > 1 else None
             choice = policy.rule.on_device(policy.sampler)
@@ -286,6 +288,8 @@ class StepGraphs:
                 self.target, texts, drafter or RootsOnly(), choice, nodes, words, longest, shared
             )
             self._graphs[key] = Graph(step, policy)
+            while len(self._graphs) > MOST:
+                del self._graphs[next(iter(self._graphs))]
         return self._graphs[key]
 
     @property
@@ -295,10 +299,12 @@ class StepGraphs:
 
     def budget(self, policy: Policy) -> NodeBudget:
         """How large trees have paid so far with a drafter."""
-        key = (id(policy.drafter), policy.nodes, policy.adaptive)
+        key = (_same(policy.drafter), policy.nodes, policy.adaptive)
         if key not in self._budgets:
             budget = NodeBudget(policy.nodes, fixed=not policy.adaptive)
             self._budgets[key] = (policy.drafter, budget)
+            while len(self._budgets) > MOST:
+                del self._budgets[next(iter(self._budgets))]
         return self._budgets[key][1]
 
     def launch(self, graph: Graph) -> bool:
@@ -452,6 +458,15 @@ class CapturedLane:
         flight.lease.settle([len(report.tokens) for report in reports])
         self.budget.learn(step.trees.nodes, [r.path for r in reports if r.tokens])
         return reports
+
+
+def _same(drafter: Drafter) -> Hashable:
+    """Equal for drafters that draft alike, as far as they can tell by themselves."""
+    return drafter if isinstance(drafter, Hashable) else id(drafter)
+
+
+def _settings(rule: AcceptanceRule) -> Hashable:
+    return type(rule), repr(sorted(vars(rule).items()))
 
 
 def _event(device: torch.device) -> torch.cuda.Event | None:

@@ -14,9 +14,9 @@ class Weights:
     """Tells the states of a model's weights apart, without reading them.
 
     A state is the tensors themselves - which they are, where they lie, how often torch has seen
-    them written - and, for PEFT layers, which adapters act and how strongly. Switching an adapter
-    back returns to the state before. Writes that torch does not count, through `.data` or from
-    outside, are not noticed unless they change one of these.
+    them written - the kinds of modules around them, and, for PEFT layers, which adapters act and
+    how strongly. Switching an adapter back returns to the state before. Writes that torch does not
+    count, through `.data` or from outside, are not noticed unless they change one of these.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,7 +35,8 @@ class Weights:
         tensors: list[Tensor] = []
         adapters: list[Hashable] = []
         hooks: list[int] = []  # their numbers, which torch gives only once; -1: another forward
-        for module in modules_of(self._model):
+        modules = modules_of(self._model)
+        for module in modules:
             tensors += [p for p in module._parameters.values() if p is not None]
             passing = module._non_persistent_buffers_set
             for name, buffer in module._buffers.items():
@@ -53,7 +54,7 @@ class Weights:
             self._tensors = [weakref.ref(tensor) for tensor in tensors]
             self._identities = identities
             self._generation += 1
-        return self._generation, tuple(adapters), tuple(hooks)
+        return self._generation, tuple(adapters), tuple(hooks), tuple(map(type, modules))
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:

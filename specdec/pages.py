@@ -220,9 +220,17 @@ class PagePool:
         self._references, self._free = [*self._references, *[0] * extra], free
 
     def expect(self, count: int) -> None:
-        """Grows now if `count` pages would make it grow later, as far as it may."""
+        """Grows now if `count` pages would make it grow later, as far as it may.
+
+        On a GPU half of the memory that is free is left for other things.
+        """
         if self.max_pages is not None:
             count = min(count, self.max_pages - self.num_pages + self.num_free)
+        device = self.groups[0].shape.device
+        if device.type == "cuda":
+            spare = torch.cuda.mem_get_info(device)[0] // 2 // self.page_bytes
+            # The old pages are there until all are copied.
+            count = min(count, self.num_free + max(0, spare - self.num_pages))
         if count > len(self._free):
             with suppress(OutOfPages):
                 self._grow(count)

@@ -547,7 +547,9 @@ class Generate:
         )
         wrapped = self._wrapped
         if wrapped is None or wrapped._model is not model:
-            wrapped = wrap(model, self._drafter, **self._wrap_options)
+            # A wrapper for a single call is not worth a capture.
+            once = {"capture": False} if self is generate else {}
+            wrapped = wrap(model, self._drafter, **{**once, **self._wrap_options})
         if self is not generate:
             self._wrapped = wrapped
         return wrapped._run(call, self._streamer, self._seed, self._generator, self._cache_key)

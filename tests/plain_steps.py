@@ -166,7 +166,13 @@ class _Filled(DeviceDrafter):
 
 
 def forward(
-    model: FusedModel, tokens: Tensor, plan: Any, pool: Any, backend: Any, keep: int | Tensor
+    model: FusedModel,
+    tokens: Tensor,
+    plan: Any,
+    pool: Any,
+    backend: Any,
+    keep: int | Tensor,
+    taps: None = None,
 ) -> Tensor:
     """transformers' forward in place of the fused one."""
     names = inspect.signature(type(model.model).forward).parameters

@@ -62,7 +62,7 @@ class Head(Drafter):
     def propose(self, context: DraftContext, nodes: int) -> TreeBatch:
         own = context.own
         assert own is not None
-        trees = []
+        trees: list[TokenTree] = []
         for tokens, sequence in zip(context.tokens, own.sequences, strict=True):
             assert own.cache.filled(sequence, own.layers) is None
             length = own.cache.length_bound(sequence)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +16,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+import torch
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -184,6 +190,57 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_rows(
     assert all(kept[row.key] == row for row in before), "what was there was not run again"
 
 
+def test_a_run_whose_process_was_killed_goes_on_to_the_same_rows(
+    done: RunFolder, tmp_path: Path
+) -> None:
+    grid, folder, draw = Grid.from_dict(done.run().grid), RunFolder(tmp_path), random.Random(0)
+    kills, written = 0, 0
+    for _ in range(3):
+        child = os.fork()
+        if not child:
+            torch.set_num_threads(1)  # a forked process has none of its parent's threads
+            run_grid(grid, folder)
+            os._exit(0)
+        ended, before = 0, written
+        while written == before and not ended:
+            time.sleep(0.001)
+            ended, _ = os.waitpid(child, os.WNOHANG)
+            written = sum(file.stat().st_size for file in folder.row_files())
+        if ended:
+            break
+        time.sleep(draw.uniform(0.0, 0.1))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills += 1
+        written = sum(file.stat().st_size for file in folder.row_files())
+    assert kills, "the first process was killed when its first row was there"
+    assert timeless(run_grid(grid, folder)) == timeless(done.rows())
+    assert len(folder.run().resumed) == kills
+
+
+@pytest.mark.slow
+def test_processes_that_were_launched_together_share_the_prompts(
+    done: RunFolder, tmp_path: Path
+) -> None:
+    config, grid = tmp_path / "grid.toml", Grid.from_dict(done.run().grid)
+    config.write_text(
+        "max_new_tokens = 12\nrepetitions = 2\ndevice = 'cpu'\n"
+        f"suites = {list(grid.suites)}\n[grid]\ntargets = {list(grid.targets)}\n"
+        f"trees = {list(grid.trees)}\n"
+    )
+    folder = RunFolder(tmp_path / "run")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = ["-m", "specdec", "eval", "--config", str(config), "--out", str(folder.path)]
+    root = Path(__file__).resolve().parent.parent
+    result = subprocess.run(
+        [*launch, *command], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Rows are in") == 1, "only the first process speaks"
+    assert timeless(folder.rows()) == timeless(done.rows())
+    assert [file.name for file in folder.row_files()] == ["rows.jsonl"]
+
+
 def test_another_grid_or_other_prompts_do_not_mix_with_a_run(
     done: RunFolder, tiny: Path, tmp_path: Path
 ) -> None:
@@ -233,6 +290,7 @@ def test_a_run_does_not_differ_from_itself(
     done: RunFolder,
 ) -> None:
     assert {d.verdict for d in differences(done, done)} == {"no difference", ""}
+    assert all(d.before > 0 for d in differences(done, done)), "the plain loop wastes no drafts"
     result = CliRunner().invoke(app, ["eval", "compare", str(done.path), str(done.path)])
     assert "no difference" in result.stdout.splitlines()[-1]
 

@@ -140,6 +140,7 @@ def test_a_run_becomes_its_metrics_and_says_what_it_is(tmp_path: Path) -> None:
 
     few = results(run, [row for row in rows if row.prompt.endswith(("-0", "-1"))])
     assert few.arms[-1].speedup["code"].low is None, "too few prompts for an interval"
+    assert any(point.startswith("Unfinished: 30 of 90 rows") for point in few.notices[-1].points)
     odd = replace(own[0], lossless=Lossless(equal=False))
     broken = results(run, [odd, *(row for row in rows if row.key != odd.key)])
     assert broken.notices[-2].text.endswith("differ from plain decoding (1 of ngram 16).")

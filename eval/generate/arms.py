@@ -100,7 +100,8 @@ def _ours(name: str, what: str, subject: Subject, drafter: Any, **options: Any) 
         return Answer(out.sequences, out.stats.steps, out.stats)
 
     def stream(prompt: Tensor, new: int) -> Iterator[Any]:
-        steps: Iterator[Any] = wrapped.stream(prompt, **arguments(prompt, new))
+        # It must not end before it has been looked at.
+        steps: Iterator[Any] = wrapped.stream(prompt, eos_token_id=None, **arguments(prompt, new))
         return steps
 
     return Arm(name, what, run, wrapped, stream, synthetic="rule" in options)

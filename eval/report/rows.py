@@ -151,6 +151,12 @@ def _missing(run: Run, rows: Sequence[Row], by_name: Mapping[str, Sequence[Row]]
     missing = []
     if not any(c.is_transformers for c in run.configurations):
         missing.append("Missing: baselines of transformers. Speed-ups are over our own loop.")
+    prompts = sum(int(suite["prompts"]) for suite in run.suites)
+    wanted = prompts * int(run.settings["repetitions"]) * len(run.configurations)
+    if len(rows) < wanted:
+        missing.append(
+            f"Unfinished: {len(rows)} of {wanted} rows. `specdec eval --out DIR` goes on with it."
+        )
     absent = [c.name for c in run.configurations if c.name not in by_name]
     if absent:
         missing.append(f"Missing: all rows of {', '.join(absent)}.")
