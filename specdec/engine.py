@@ -84,6 +84,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Lets a request wait for its turn."""
+        self.target.layers_of(self.scheduler.policy_of(request).drafter)  # says now what is wrong
         self.scheduler.waiting.append(request)
         self.stats.prompt_tokens += request.prompt_length
 

@@ -236,12 +236,7 @@ class Target:
 
         Returns:
             [kept rows, V] logits in the dtype of the model's head.
-
-        Raises:
-            ValueError: the model has no layer of which an output is wanted.
         """
-        if taps is not None:
-            taps.check(len(self._calls))
         if self.last_position is not None:
             plan = plan.held(self.last_position)
         if self.fused is not None:
@@ -251,13 +246,30 @@ class Target:
         return self._run(tokens, plan.positions, handler, keep, taps)
 
     def layers_of(self, drafter: Drafter) -> DraftLayers | None:
-        """A drafter's own layers in the cache, registered when first asked for; None for none."""
+        """A drafter's own layers in the cache, registered when first asked for; None for none.
+
+        Raises:
+            ValueError: it wants outputs of a layer that the model does not have.
+        """
         if id(drafter) not in self._draft_layers:
             shapes = drafter.layer_shapes(self)
             if not shapes:
                 return None
-            self._draft_layers[id(drafter)] = drafter, self.cache.pool.register(shapes)
+            # In the caller's inference mode, tensors could not be written to outside of it.
+            with self.lock, torch.inference_mode(False), torch.no_grad():
+                self._prepare(Taps(frozenset(drafter.hidden_layers)))
+                self._draft_layers[id(drafter)] = drafter, self.cache.pool.register(shapes)
         return self._draft_layers[id(drafter)][1]
+
+    def _prepare(self, taps: Taps) -> None:
+        """Checks taps, and lets transformers leave the hooks in the model that it needs for them.
+
+        Later they would look like a change of the model, whose cached K and V no longer count.
+        """
+        taps.check(len(self._calls))
+        if self.fused is None and taps.layers:
+            places = torch.arange(2, device=self.device)
+            self._run(torch.zeros_like(places), places, Probe([]), 1, taps)
 
     def forget(self, drafter: Drafter) -> None:
         """Gives up a drafter's own layers, and their memory with them."""
