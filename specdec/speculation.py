@@ -48,10 +48,12 @@ class SequenceState:
     def keep(self, most: int, *, settled: bool, filled: Iterable[DraftLayers]) -> None:
         """Notes a commit of so many rows at most, and which drafters' layers have them, too."""
         whole = [own for own in filled if self.filled.get(own, 0) >= self.bound]
-        self.cap_filled(self.bound - self.unsettled)
+        if self.filled:
+            self.cap_filled(self.bound - self.unsettled)
         self.bound += most
         self.unsettled += 0 if settled else most
-        self.filled.update(dict.fromkeys(whole, self.bound))
+        if whole:
+            self.filled.update(dict.fromkeys(whole, self.bound))
 
 
 class Speculation:
