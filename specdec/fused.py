@@ -307,7 +307,8 @@ def unfit(model: PreTrainedModel, calls: Sequence[AttentionCall]) -> str | None:
         name, kind = name or "the model", type(module)
         if not kind.__module__.startswith(("transformers.", "torch.nn.modules.")):
             return f"{name} is a {kind.__module__}.{kind.__name__}"
-        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(map(_matters, hooks)) or hasattr(module, "_hf_hook"):
             return f"{name} has a forward hook"
         if "forward" in vars(module):
             return f"{name} has a forward of its own"
@@ -343,6 +344,14 @@ def unfit(model: PreTrainedModel, calls: Sequence[AttentionCall]) -> str | None:
     if rope.get("rope_type") in SWITCHING_ROPES:
         return f"its {rope['rope_type']!r} rotary positions look at the length on the host"
     return None
+
+
+def _matters(hook: Any) -> bool:
+    """Whether a hook may do something in a forward of ours.
+
+    transformers leaves its own in a model that was once asked for hidden states; they only look on.
+    """
+    return getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
 
 
 def _joined(layer: Any) -> tuple[list[nn.Linear], list[nn.Linear]]:

@@ -346,6 +346,13 @@ def test_what_does_not_fit_says_why(change: Callable[[Any], None], why: str) -> 
     assert re.search(why, found), found
 
 
+def test_a_model_that_was_asked_for_hidden_states_fits_all_the_same() -> None:
+    model: Any = tiny_model("Llama", **ONE)
+    model(torch.ones(1, 3, dtype=torch.int64), output_hidden_states=True)
+    assert any(module._forward_hooks for module in model.modules()), "transformers left its hooks"
+    assert target(model).unfit is None
+
+
 def test_other_architectures_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedModel, match="GPT2LMHeadModel is not one of LlamaForCausalLM, "):
         target(tiny_model("GPT2"))
