@@ -74,3 +74,5 @@ class NodeBudget:
             if size <= nodes and paths:
                 given = sum(sum(node < size for node in path) for path in paths) / len(paths)
                 self.tokens[index] += MEMORY * (given - self.tokens[index])
+        for index in range(1, len(self.sizes)):  # a larger tree gives what a smaller one gives
+            self.tokens[index] = max(self.tokens[index], self.tokens[index - 1])

@@ -435,9 +435,9 @@ class CapturedLane:
             return self.graphs.graph(self._texts, policy, nodes, longest, self._shared)
 
         nodes = self.budget.choose(lambda size: graph(size).seconds)
-        chosen = graph(nodes)
-        begun = _event(cache.device)
         with cache.speculate(self.lane.sequences, [nodes] * len(self.lane.sequences)) as lease:
+            chosen = graph(nodes)  # not before: making room may move what graphs refer to
+            begun = _event(cache.device)
             tells = self.graphs.launch(chosen)
             numbers, done = _to_host(chosen.step.report)
             lease.committed(chosen.step.path)

@@ -287,6 +287,28 @@ def test_pages_for_all_but_not_for_what_is_in_flight(hf_model: Any) -> None:
         nothing_left(model)
 
 
+def test_what_is_launched_was_looked_up_after_room_was_made(
+    hf_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making room may move the cache's tensors, and a graph writes where they were."""
+    ids = texts(2)
+    model = wrap(hf_model, page_size=16)
+    monkeypatch.setattr(model.cache, "expect", lambda *_: None)  # so that it grows on the way
+    graphs, seen = model._driven().graphs, set()
+    launch = type(graphs).launch
+
+    def watched(self: Any, graph: Any) -> bool:
+        seen.add(self._places)
+        assert self._places == self._where()
+        assert graph in self._graphs.values()
+        return bool(launch(self, graph))
+
+    monkeypatch.setattr(type(graphs), "launch", watched)
+    out = model.generate(ids, max_new_tokens=60, do_sample=False)
+    assert torch.equal(out, greedy(hf_model, ids, 60))
+    assert len(seen) > 1, "nothing was moved"
+
+
 def test_the_pool_and_the_tables_grow_under_steps_in_flight(hf_model: Any) -> None:
     model = wrap(hf_model)
     ids, other = texts(1), texts(3, 60)
