@@ -75,12 +75,6 @@ class ArmResult:
         return sum(run.tokens for run in self.runs) / sum(run.seconds for run in self.runs)
 
     @property
-    def decode_per_second(self) -> float:
-        """The same without the time until the first token."""
-        tokens = sum(run.tokens - 1 for run in self.runs)
-        return tokens / sum(run.seconds - run.first for run in self.runs)
-
-    @property
     def tokens_per_step(self) -> float | None:
         """Ratio of sums."""
         if not self.runs or any(run.steps is None for run in self.runs):
