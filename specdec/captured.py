@@ -164,7 +164,7 @@ class Step:
             slots=self.slots,
             positions=self.positions,
         )
-        logits = target.forward(trees.tokens, self._plan())
+        logits = target.compute(trees.tokens, self._plan())
         choices, best = self.choice.choose(
             logits, texts.seeds, texts.lengths, self.depths.view(len(texts.lengths), -1)
         )
@@ -490,10 +490,8 @@ def _to_host(report: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 def grounded(target: Target, lane: Lane) -> str | None:
     """Why the steps of a lane cannot be captured; None if they can."""
     policy = lane.policy
-    if not target.capture:
-        return "capture is off"
-    if target.fused is None:
-        return f"layers by transformers: {target.unfit}"
+    if target.uncaptured is not None:
+        return target.uncaptured
     if policy.rule.on_device(policy.sampler) is None:
         return f"the rule {policy.rule.name!r} with these options is not captured"
     if policy.keep:
