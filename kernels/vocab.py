@@ -558,7 +558,7 @@ def _parts(rows: int, chunks: int, device: torch.device) -> int:
     processors = 1
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(chunks, triton.cdiv(WAVES * processors, rows)))
+    return max(1, min(chunks, -(-WAVES * processors // rows)))
 
 
 def _lanes(count: int) -> int:

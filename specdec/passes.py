@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ class Pass:
             self._words.zero_()
             self._words[:rows, : plan.ancestors.shape[1]] = plan.ancestors
 
-    def run(self, memory: object) -> Tensor:
+    def run(self, memory: Any) -> Tensor:
         """[kept, V] logits, which the next pass overwrites.
 
         The first time it runs as it is, which compiles what it needs; then it is captured. A CPU
@@ -109,7 +109,7 @@ class Pass:
             shared=size.shared,
         )
 
-    def _capture(self, memory: object) -> None:
+    def _capture(self, memory: Any) -> None:
         graph, now = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         stream = torch.cuda.Stream()
         stream.wait_stream(now)
@@ -162,7 +162,7 @@ class PassGraphs:
         """The passes that are captured now."""
         return [found for found in self._passes.values() if found.graph is not None]
 
-    def _memory(self) -> object:
+    def _memory(self) -> Any:
         """What the graphs that there are allocate from; None if there are none."""
         return next((p.graph.pool() for p in self._passes.values() if p.graph is not None), None)
 
