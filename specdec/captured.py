@@ -14,7 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from specdec.attention import AttentionPlan
 from specdec.budget import NodeBudget
 from specdec.cache import Speculation
 from specdec.drafting import DeviceDrafter, DraftBuffers, Drafter, RootsOnly
+from specdec.graphs import capture, shared_memory
 from specdec.transfer import upload
 from specdec.verify import AcceptanceRule, DeviceChoice
 
@@ -270,7 +271,7 @@ class StepGraphs:
 
     def graph(self, texts: Texts, policy: Policy, nodes: int, longest: int, shared: bool) -> Graph:
         """The graph for such a step, which may still be empty."""
-        places = self._where()
+        places = self.target.places
         if places != self._places:  # the old graphs would write to memory that is others' now
             self._graphs.clear()
             self._places = places
@@ -317,37 +318,13 @@ class StepGraphs:
             graph.graph.replay()
             return True
         if graph.warm and self.target.device.type == "cuda":
-            graph.graph = self._capture(graph.step)
+            memory = shared_memory(found.graph for found in self._graphs.values())
+            graph.graph, _ = capture(graph.step.run, memory)
             graph.graph.replay()  # the first time takes longer
         else:
             graph.step.run()
             graph.warm = True
         return False
-
-    def _capture(self, step: Step) -> torch.cuda.CUDAGraph:
-        found, now = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(now)
-        with torch.cuda.stream(stream):
-            found.capture_begin(self._memory(), capture_error_mode="thread_local")
-            try:
-                step.run()
-            finally:
-                found.capture_end()
-        now.wait_stream(stream)
-        return found
-
-    def _memory(self) -> Any:
-        """What the graphs that there are allocate from; None if there are none."""
-        return next((g.graph.pool() for g in self._graphs.values() if g.graph is not None), None)
-
-    def _where(self) -> Hashable:
-        cache = self.target.cache
-        pages = [
-            (g.keys.data_ptr(), g.values.data_ptr(), g.keys.shape[1]) for g in cache.pool.groups
-        ]
-        table = (cache.page_table.data_ptr(), tuple(cache.page_table.shape))
-        return self.target.fused, cache.lengths.data_ptr(), table, tuple(pages)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from specdec.attention import AttentionPlan
+from specdec.graphs import capture, shared_memory
 
 if TYPE_CHECKING:
     from specdec.target import Target
@@ -81,7 +82,7 @@ class Pass:
             memory: the pool that a graph allocates from.
         """
         if self.graph is None and self._warm and self.target.device.type == "cuda":
-            self._capture(memory)
+            self.graph, self._logits = capture(self._forward, memory)
         if self.graph is None or self._logits is None:
             self._warm = True
             return self._forward()
@@ -109,19 +110,6 @@ class Pass:
             shared=size.shared,
         )
 
-    def _capture(self, memory: Any) -> None:
-        graph, now = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(now)
-        with torch.cuda.stream(stream):
-            graph.capture_begin(memory, capture_error_mode="thread_local")
-            try:
-                self._logits = self._forward()
-            finally:
-                graph.capture_end()
-        now.wait_stream(stream)
-        self.graph = graph
-
 
 @dataclass(eq=False)
 class PassGraphs:
@@ -144,7 +132,8 @@ class PassGraphs:
             keep = torch.arange(first, len(tokens), device=tokens.device)
         found = self._find(_size(plan, len(tokens), len(keep)))
         found.load(tokens, plan, keep)
-        return found.run(self._memory())[: len(keep)].clone()
+        memory = shared_memory(other.graph for other in self._passes.values())
+        return found.run(memory)[: len(keep)].clone()
 
     def _find(self, size: Size) -> Pass:
         places = self.target.places
@@ -161,10 +150,6 @@ class PassGraphs:
     def captured(self) -> list[Pass]:
         """The passes that are captured now."""
         return [found for found in self._passes.values() if found.graph is not None]
-
-    def _memory(self) -> Any:
-        """What the graphs that there are allocate from; None if there are none."""
-        return next((p.graph.pool() for p in self._passes.values() if p.graph is not None), None)
 
 
 def _size(plan: AttentionPlan, rows: int, kept: int) -> Size:
