@@ -54,6 +54,8 @@ MOST_PARTS = 8
 """Programs that gather the candidates of a row, at most."""
 GATHERED = 4
 """Candidates are gathered if they are at most one in so many tokens."""
+TILE = 2048
+"""Candidates that a program holds at a time, at most."""
 OFF = {"enable_fp_fusion": False}
 """Sums must not depend on what the compiler makes of them. Triton warns of launches without it."""
 NEVER = tl.constexpr(float("-inf"))
@@ -284,6 +286,12 @@ def _tile(
 
 
 @triton.jit
+def _weighed(x, base, scale, COUNTED: tl.constexpr):
+    """What candidates count: 1, or their weight."""
+    return tl.where(x > NEVER, 1.0, 0.0) if COUNTED else tl.exp2((x - base) * scale)
+
+
+@triton.jit
 def _edge(
     LOGITS, VALUES, NAMES, count, whole, bound, base, scale, wanted, low, high,
     COUNTED: tl.constexpr, SHIFT: tl.constexpr, TILE: tl.constexpr,
@@ -293,14 +301,16 @@ def _edge(
     `low` is known to have it, or nothing has; `high` not to have it. If COUNTED, candidates are
     counted, otherwise their weight is summed.
     """
+    # Most rows have few candidates, which stay in registers.
+    x, _ = _tile(LOGITS, VALUES, NAMES, 0, count, whole, bound, SHIFT, TILE)
+    first_keys, first_values = ordered(x, SHIFT), _weighed(x, base, scale, COUNTED)
     while high - low > 1:
         middle = (low + high) >> 1
-        got = 0.0
-        for start in range(0, count, TILE):
+        got = tl.sum(tl.where(first_keys >= middle.to(tl.int32), first_values, 0.0), 0)
+        for start in range(TILE, count, TILE):
             x, _ = _tile(LOGITS, VALUES, NAMES, start, count, whole, bound, SHIFT, TILE)
-            value = tl.where(x > NEVER, 1.0, 0.0) if COUNTED else tl.exp2((x - base) * scale)
-            value = tl.where(ordered(x, SHIFT) >= middle.to(tl.int32), value, 0.0)
-            got += tl.sum(value, 0)
+            value = _weighed(x, base, scale, COUNTED)
+            got += tl.sum(tl.where(ordered(x, SHIFT) >= middle.to(tl.int32), value, 0.0), 0)
         enough = got >= wanted
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
@@ -505,8 +515,8 @@ def distributions(
         logits, logits.stride(0), values, names, counts, out.best, out.norm, bound,
         out.floor, out.first, out.tokens, *noise, vocab, parts, room, most,
         cuts.scale, cuts.top_k, cuts.top_p, cuts.min_p,
-        DRAW=seeds is not None, TILE=chunk, FEW=min(chunk, 512), PP=_lanes(MOST_PARTS),
-        num_warps=16, **has, **OFF,
+        DRAW=seeds is not None, TILE=min(chunk, TILE), FEW=min(chunk, 512), PP=_lanes(MOST_PARTS),
+        num_warps=8, **has, **OFF,
     )  # fmt: skip
     return out
 
