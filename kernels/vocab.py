@@ -12,7 +12,7 @@ group of `GROUP` neighbours:
   weight w or more, tokens of such weights have at least S - (GROUP - 1) w; if those of all groups
   have the share p, then no token below w is kept;
 * the candidates, tokens that reach the bound, in the order of the vocabulary, by several programs a
-  row. Chunks that have none are not read;
+  row. Groups that have none are not read;
 * the exact edge among them, by bisection over the bits of the logits, by one program a row; then
   their sum, and a draw by inverting the cumulative sum in the order of the vocabulary, as
   `specdec.sampling.draw`. If more than a quarter of the vocabulary are candidates, they are not
@@ -52,10 +52,10 @@ WAVES = 4
 """Programs of a scan for each multiprocessor, at least, where rows are few."""
 MOST_PARTS = 8
 """Programs that gather the candidates of a row, at most."""
-GATHERED = 4
-"""Candidates are gathered if they are at most one in so many tokens."""
 TILE = 2048
 """Candidates that a program holds at a time, at most."""
+GATHERED = 4
+"""Candidates are gathered if they are at most one in so many tokens."""
 OFF = {"enable_fp_fusion": False}
 """Sums must not depend on what the compiler makes of them. Triton warns of launches without it."""
 NEVER = tl.constexpr(float("-inf"))
@@ -204,23 +204,23 @@ def _whole_kernel(
 
 @triton.jit(do_not_specialize=["scale", "top_k", "top_p", "min_p"])
 def _bound_kernel(
-    CHUNK_MAX, CHUNK_SUM, GROUP_MAX, GROUP_SUM, BEST, NORM, BOUND,
+    CHUNK_MAX, CHUNK_SUM, GROUP_MAX, GROUP_SUM, BEST, NORM, BOUND, LIST, LISTED,
     chunks, groups, scale, top_k, top_p,
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, SHIFT: tl.constexpr,
     CHUNK: tl.constexpr, CP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr,
 ):  # fmt: skip
-    """A key that no token is kept below, from the maxima and sums of groups."""
+    """A key that no token is kept below, from the maxima and sums of groups; who reaches it."""
     row = tl.program_id(0)
     best, base, sums = _total(CHUNK_MAX, CHUNK_SUM, row, chunks, scale, CP)
     norm = tl.sum(sums, 0)
     tl.store(BEST + row, tl.where(norm != norm, float("nan"), best))
     tl.store(NORM + row, norm)
     bound = ordered(norm * 0.0 + NEVER, SHIFT).to(tl.int64)
+    group = tl.arange(0, GP)
+    real = group < groups
+    top = tl.load(GROUP_MAX + row * groups + group, mask=real, other=NEVER)
+    key = ordered(top, SHIFT)
     if TOP_K or TOP_P:
-        group = tl.arange(0, GP)
-        real = group < groups
-        top = tl.load(GROUP_MAX + row * groups + group, mask=real, other=NEVER)
-        key = ordered(top, SHIFT)
         peak = tl.load(CHUNK_MAX + row * chunks + group * GROUP // CHUNK, mask=real, other=NEVER)
         share = tl.load(GROUP_SUM + row * groups + group, mask=real, other=0.0)
         share = share * tl.exp2((peak - base) * scale)
@@ -238,35 +238,46 @@ def _bound_kernel(
             bound = tl.where(enough, middle, bound)
             over = tl.where(enough, over, middle)
     sound = (norm > 0) & (norm < float("inf"))  # no token of a broken row is a candidate
-    tl.store(BOUND + row, tl.where(sound, bound, GREATEST).to(tl.int32))
+    bound = tl.where(sound, bound, GREATEST)
+    can = real & (key >= bound.to(tl.int32))
+    place = tl.cumsum(can.to(tl.int32), 0) - 1
+    tl.store(BOUND + row, bound.to(tl.int32))
+    tl.store(LIST + row.to(tl.int64) * groups + place, group, mask=can)
+    tl.store(LISTED + row, tl.sum(can.to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=["scale", "min_p"])
 def _gather_kernel(
-    LOGITS, stride, CHUNK_MAX, BEST, BOUND, VALUES, NAMES, COUNTS,
-    vocab, chunks, parts, room, scale, min_p,
-    MIN_P: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr,
+    LOGITS, stride, BEST, BOUND, LIST, LISTED, VALUES, NAMES, COUNTS,
+    vocab, groups, parts, room, scale, min_p,
+    MIN_P: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
-    """The candidates of a part of a row: their logits and tokens, and how many there are."""
+    """The candidates in a part of a row's listed groups: logits and tokens, and how many."""
     row, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     LOGITS += row.to(tl.int64) * stride
+    LIST += row.to(tl.int64) * groups
     VALUES += tl.program_id(0).to(tl.int64) * room
     NAMES += tl.program_id(0).to(tl.int64) * room
-    best, bound = tl.load(BEST + row), tl.load(BOUND + row)
-    each = tl.cdiv(chunks, parts)
+    best, bound, listed = tl.load(BEST + row), tl.load(BOUND + row), tl.load(LISTED + row)
+    each = tl.cdiv(listed, parts)
+    end = tl.minimum(part * each + each, listed)
     count = row * 0
-    for chunk in range(part * each, tl.minimum(part * each + each, chunks)):
-        if ordered(tl.load(CHUNK_MAX + row * chunks + chunk), SHIFT) >= bound:
-            token = chunk * CHUNK + tl.arange(0, CHUNK)
-            raw = tl.load(LOGITS + token, mask=token < vocab, other=NEVER)
-            x = raw.to(tl.float32)
-            can = (ordered(x, SHIFT) >= bound) & (x > NEVER)
-            if MIN_P:
-                can = can & (tl.exp2((x - best) * scale) >= min_p)
-            place = count + tl.cumsum(can.to(tl.int32), 0) - 1
-            tl.store(VALUES + place, raw, mask=can & (place < room))
-            tl.store(NAMES + place, token, mask=can & (place < room))
-            count += tl.sum(can.to(tl.int32), 0)
+    for start in range(part * each, end, MANY):
+        nth = start + tl.arange(0, MANY)
+        group = tl.load(LIST + nth, mask=nth < end, other=0)
+        token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        real = (nth < end)[:, None] & (token < vocab)
+        raw = tl.load(LOGITS + token, mask=real, other=NEVER)
+        x = raw.to(tl.float32)
+        can = (ordered(x, SHIFT) >= bound) & (x > NEVER)
+        if MIN_P:
+            can = can & (tl.exp2((x - best) * scale) >= min_p)
+        within = tl.cumsum(can.to(tl.int32), 1)
+        found = tl.sum(can.to(tl.int32), 1)
+        place = (count + tl.cumsum(found, 0) - found)[:, None] + within - 1
+        tl.store(VALUES + place, raw, mask=can & (place < room))
+        tl.store(NAMES + place, token, mask=can & (place < room))
+        count += tl.sum(found, 0)
     tl.store(COUNTS + tl.program_id(0), count)
 
 
@@ -322,7 +333,7 @@ def _cut_kernel(
     LOGITS, stride, VALUES, NAMES, COUNTS, BEST, NORM, BOUND, FLOOR, FIRST, TOKENS,
     SEEDS, POSITIONS, TREE, DEPTHS, vocab, parts, room, most, scale, top_k, top_p, min_p,
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, DRAW: tl.constexpr,
-    SHIFT: tl.constexpr, TILE: tl.constexpr, FEW: tl.constexpr, PP: tl.constexpr,
+    SHIFT: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, PP: tl.constexpr,
 ):  # fmt: skip
     """The exact edge among a row's candidates, their sum, and a draw."""
     row = tl.program_id(0)
@@ -339,10 +350,13 @@ def _cut_kernel(
         count = vocab
     elif parts > 1:  # one list of all parts; nothing is moved behind where it was
         ends = tl.cumsum(counts, 0)
-        for start in range(0, count, FEW):
-            at = start + tl.arange(0, FEW)
-            passed = (at[:, None] >= ends[None, :]) & (part < parts)[None, :]
-            old = at + tl.sum(tl.where(passed, (room - counts)[None, :], 0), 1)
+        for start in range(0, count, TILE):
+            at = start + tl.arange(0, TILE)
+            old = at
+            for p in tl.static_range(PARTS):
+                end = tl.sum(tl.where(part == p, ends, 0), 0)
+                gap = tl.sum(tl.where((part == p) & (part < parts), room - counts, 0), 0)
+                old += tl.where(at >= end, gap, 0)
             value = tl.load(VALUES + old, mask=at < count)
             name = tl.load(NAMES + old, mask=at < count)
             tl.debug_barrier()
@@ -491,31 +505,32 @@ def distributions(
         return out
     tops, shares = new(rows, groups), new(rows, groups)
     _scan(logits, out.peaks, sums, tops, shares, scale=cuts.scale)
-    bound = new(rows, dtype=torch.int32)
+    bound, listed = (new(rows, dtype=torch.int32) for _ in range(2))
+    lists = new(rows, groups, dtype=torch.int32)
     has = {"TOP_K": cuts.top_k > 0, "TOP_P": cuts.top_p < 1, "SHIFT": shift(logits.dtype)}
     _bound_kernel[(rows,)](
-        out.peaks, sums, tops, shares, out.best, out.norm, bound,
+        out.peaks, sums, tops, shares, out.best, out.norm, bound, lists, listed,
         chunks, groups, cuts.scale, cuts.top_k, cuts.top_p,
         CHUNK=chunk, CP=_lanes(chunks), GROUP=GROUP, GP=_lanes(groups), num_warps=8, **has, **OFF,
     )  # fmt: skip
     parts = min(MOST_PARTS, _parts(rows, chunks, device))
     most = max(1, vocab // GATHERED)
-    room = min(most, triton.cdiv(chunks, parts) * chunk)
+    room = min(most, triton.cdiv(groups, parts) * GROUP)
     values = new(rows, parts, room, dtype=logits.dtype)
     names = new(rows, parts, room, dtype=torch.int32)
     counts = new(rows, parts, dtype=torch.int32)
     _gather_kernel[(rows * parts,)](
-        logits, logits.stride(0), out.peaks, out.best, bound, values, names, counts,
-        vocab, chunks, parts, room, cuts.scale, cuts.min_p,
+        logits, logits.stride(0), out.best, bound, lists, listed, values, names, counts,
+        vocab, groups, parts, room, cuts.scale, cuts.min_p,
         # A share is of what min-p has not yet cut.
-        MIN_P=cuts.min_p > 0 and cuts.top_p == 1, SHIFT=shift(logits.dtype), CHUNK=chunk,
-        num_warps=8, **OFF,
+        MIN_P=cuts.min_p > 0 and cuts.top_p == 1, SHIFT=shift(logits.dtype), GROUP=GROUP,
+        MANY=64, num_warps=4, **OFF,
     )  # fmt: skip
     _cut_kernel[(rows,)](
         logits, logits.stride(0), values, names, counts, out.best, out.norm, bound,
         out.floor, out.first, out.tokens, *noise, vocab, parts, room, most,
         cuts.scale, cuts.top_k, cuts.top_p, cuts.min_p,
-        DRAW=seeds is not None, TILE=min(chunk, TILE), FEW=min(chunk, 512), PP=_lanes(MOST_PARTS),
+        DRAW=seeds is not None, TILE=min(chunk, TILE), PARTS=MOST_PARTS, PP=_lanes(MOST_PARTS),
         num_warps=8, **has, **OFF,
     )  # fmt: skip
     return out

@@ -286,35 +286,68 @@ def _reject_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def _shares(
+    LOGITS, BEST, NORM, FLOOR, FIRST, FACTOR, EXCEPT, SHARES, tree, row, entries, scale, min_p,
+    SHIFT: tl.constexpr, EP: tl.constexpr,
+):  # fmt: skip
+    """Of a row that is drawn from: [EP] tokens with shares of their own, and these; what all other
+    probabilities are multiplied by; and how much the shares differ from what that would give.
+    """
+    factor = tl.load(FACTOR + tree)
+    entry = tl.arange(0, EP)
+    name = tl.load(EXCEPT + tree * entries + entry, mask=entry < entries, other=-1)
+    share = tl.load(SHARES + tree * entries + entry, mask=entry < entries, other=0.0)
+    usual = _chance(
+        LOGITS, name, name >= 0, tl.load(BEST + row), tl.load(NORM + row),
+        tl.load(FLOOR + row), tl.load(FIRST + row), scale, min_p, SHIFT,
+    )  # fmt: skip
+    return name, share, factor, tl.where(name >= 0, share - factor * usual, 0.0)
+
+
+@triton.jit(do_not_specialize=["scale", "min_p"])
+def _masses_kernel(
+    LOGITS, stride, PEAKS, BEST, NORM, FLOOR, FIRST, LAST, FACTOR, EXCEPT, SHARES, MASSES,
+    entries, vocab, chunks, scale, min_p,
+    SHIFT: tl.constexpr, CHUNK: tl.constexpr, EP: tl.constexpr,
+):  # fmt: skip
+    """How likely it is that the next token lies in a chunk, one program for each."""
+    tree, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    row = tl.load(LAST + tree)
+    LOGITS += row * stride
+    floor = tl.load(FLOOR + row)
+    mass = 0.0
+    if ordered(tl.load(PEAKS + row * chunks + chunk), SHIFT) >= floor:
+        name, _, factor, change = _shares(
+            LOGITS, BEST, NORM, FLOOR, FIRST, FACTOR, EXCEPT, SHARES, tree, row, entries,
+            scale, min_p, SHIFT, EP,
+        )  # fmt: skip
+        token = chunk * CHUNK + tl.arange(0, CHUNK)
+        p = _chance(
+            LOGITS, token, token < vocab, tl.load(BEST + row), tl.load(NORM + row),
+            floor, tl.load(FIRST + row), scale, min_p, SHIFT,
+        )  # fmt: skip
+        mass = factor * tl.sum(p, 0)
+        mass += tl.sum(tl.where((name >= 0) & (name // CHUNK == chunk), change, 0.0), 0)
+    tl.store(MASSES + tl.program_id(0), tl.maximum(mass, 0.0))
+
+
 @triton.jit(do_not_specialize=["scale", "min_p"])
 def _residual_kernel(
-    LOGITS, stride, PEAKS, BEST, NORM, FLOOR, FIRST, SEEDS, POSITIONS, DEPTHS,
-    LAST, FACTOR, EXCEPT, SHARES, NEXT, entries, vocab, chunks, scale, min_p,
+    LOGITS, stride, BEST, NORM, FLOOR, FIRST, SEEDS, POSITIONS, DEPTHS,
+    LAST, FACTOR, EXCEPT, SHARES, MASSES, NEXT, entries, vocab, chunks, scale, min_p,
     SHIFT: tl.constexpr, CHUNK: tl.constexpr, CP: tl.constexpr, EP: tl.constexpr,
 ):  # fmt: skip
     """Draws from a row in which some tokens have shares of their own."""
     tree = tl.program_id(0)
     row = tl.load(LAST + tree)
     LOGITS += row * stride
-    best, norm = tl.load(BEST + row), tl.load(NORM + row)
-    floor, first = tl.load(FLOOR + row), tl.load(FIRST + row)
-    factor = tl.load(FACTOR + tree)
-    entry = tl.arange(0, EP)
-    known = entry < entries
-    name = tl.load(EXCEPT + tree * entries + entry, mask=known, other=-1)
-    share = tl.load(SHARES + tree * entries + entry, mask=known, other=0.0)
-    usual = _chance(LOGITS, name, name >= 0, best, norm, floor, first, scale, min_p, SHIFT)
-    change = tl.where(name >= 0, share - factor * usual, 0.0)
+    name, share, factor, _ = _shares(
+        LOGITS, BEST, NORM, FLOOR, FIRST, FACTOR, EXCEPT, SHARES, tree, row, entries,
+        scale, min_p, SHIFT, EP,
+    )  # fmt: skip
     chunk = tl.arange(0, CP)
-    masses = tl.zeros([CP], tl.float64)
-    for index in range(chunks):
-        peak = tl.load(PEAKS + row * chunks + index)
-        if ordered(peak, SHIFT) >= floor:
-            token = index * CHUNK + tl.arange(0, CHUNK)
-            p = _chance(LOGITS, token, token < vocab, best, norm, floor, first, scale, min_p, SHIFT)
-            mass = factor * tl.sum(p, 0)
-            mass += tl.sum(tl.where(name // CHUNK == index, change, 0.0), 0)
-            masses = tl.where(chunk == index, tl.maximum(mass, 0.0).to(tl.float64), masses)
+    masses = tl.load(MASSES + tree * chunks + chunk, mask=chunk < chunks, other=0.0).to(tl.float64)
     position = tl.load(POSITIONS + tree) + tl.load(DEPTHS + row)
     point = uniform(tl.load(SEEDS + tree), position, position * 0 + SAMPLE) * tl.sum(masses, 0)
     upto = tl.cumsum(masses, 0)
@@ -322,8 +355,12 @@ def _residual_kernel(
     home = tl.maximum(tl.max(tl.where(fits, chunk, -1), 0), 0)
     left = point - tl.sum(tl.where(chunk < home, masses, 0.0), 0)
     token = home * CHUNK + tl.arange(0, CHUNK)
-    p = _chance(LOGITS, token, token < vocab, best, norm, floor, first, scale, min_p, SHIFT)
+    p = _chance(
+        LOGITS, token, token < vocab, tl.load(BEST + row), tl.load(NORM + row),
+        tl.load(FLOOR + row), tl.load(FIRST + row), scale, min_p, SHIFT,
+    )  # fmt: skip
     p = factor * p
+    entry = tl.arange(0, EP)
     inside = (name >= 0) & (name // CHUNK == home)
     turn = tl.min(tl.where(inside, entry, EP), 0)
     while turn < EP:
@@ -393,12 +430,20 @@ def reject(
         W=forest.ancestors.shape[1], NP=nodes, KP=wide, DP=_lanes(forest.longest),
         num_warps=max(1, max(nodes, wide) // 64), **OFF,
     )  # fmt: skip
-    _residual_kernel[(count,)](
+    chunks, chunk = rows.peaks.shape[1], chunk_of(logits.shape[1])
+    masses = torch.empty(count, chunks, dtype=torch.float32, device=device)
+    _masses_kernel[(count * chunks,)](
         logits, logits.stride(0), rows.peaks, rows.best, rows.norm, rows.floor, rows.first,
-        seeds, positions, forest.depths, last, factor, exceptions, shares, decision.next_tokens,
-        wide + nodes, logits.shape[1], rows.peaks.shape[1], cuts.scale, cuts.min_p,
-        SHIFT=shift(logits.dtype), CHUNK=chunk_of(logits.shape[1]), CP=_lanes(rows.peaks.shape[1]),
-        EP=_lanes(wide + nodes), num_warps=8, **OFF,
+        last, factor, exceptions, shares, masses,
+        wide + nodes, logits.shape[1], chunks, cuts.scale, cuts.min_p,
+        SHIFT=shift(logits.dtype), CHUNK=chunk, EP=_lanes(wide + nodes), num_warps=4, **OFF,
+    )  # fmt: skip
+    _residual_kernel[(count,)](
+        logits, logits.stride(0), rows.best, rows.norm, rows.floor, rows.first,
+        seeds, positions, forest.depths, last, factor, exceptions, shares, masses,
+        decision.next_tokens, wide + nodes, logits.shape[1], chunks, cuts.scale, cuts.min_p,
+        SHIFT=shift(logits.dtype), CHUNK=chunk, CP=_lanes(chunks), EP=_lanes(wide + nodes),
+        num_warps=8, **OFF,
     )  # fmt: skip
     return decision
 
