@@ -202,7 +202,7 @@ class DeviceDraftModel(DeviceDrafter):
             rows: of a text, at most.
         """
         cache, (batch, width) = self._cache.target.cache, ancestors.shape[:2]
-        owners = sequences[:, None].expand(-1, width).flatten()
+        owners = sequences[:, None].repeat(1, width).flatten()  # kernels want it in one piece
         starts = torch.arange(batch + 1, dtype=torch.int32, device=sequences.device)
         return AttentionPlan(
             page_table=cache.page_table,
@@ -211,7 +211,7 @@ class DeviceDraftModel(DeviceDrafter):
             row_starts=starts * width,
             sequence=owners,
             nodes=nodes.repeat(batch),
-            ancestors=ancestors.flatten(0, 1),
+            ancestors=ancestors.flatten(0, 1).contiguous(),
             slots=cache.slots(owners, (prefix[:, None] + nodes).flatten()),
             positions=(prefix[:, None] + depths).flatten(),
             max_rows=width,

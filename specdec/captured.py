@@ -307,15 +307,8 @@ class StepGraphs:
         longest = max(SHORTEST, 1 << (longest - 1).bit_length())
         # What all requests with such options have in common, not the policy of one call.
         how = _same(policy.drafter) if nodes > 1 else None, _settings(policy.rule)
-        key = (
-            len(texts.lengths),
-            how,
-            policy.sampler.settings,
-            nodes,
-            policy.nodes,
-            longest,
-            shared,
-        )
+        count = len(texts.lengths)
+        key = (count, how, policy.sampler.settings, nodes, policy.nodes, longest, shared)
         found, state = self._graphs.get(key), drafter.state
         if found is None or found.step.drafter is not drafter or found.state != state:
             choice = policy.rule.on_device(policy.sampler)
