@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.batch import TreeBatch
-from specdec.bits import tree_words
+from specdec.bits import ancestor_words, tree_words
 from specdec.cache import Speculation
 from specdec.drafters.device_draft import DeviceDraftModel
 from specdec.drafters.draft_cache import DraftCache, fit
@@ -149,9 +149,14 @@ def _nothing_to_run(level: Level) -> Tensor:
 
 
 def _packed(growth: Growth, grown: Grown, law: ProposalLaw) -> TreeBatch:
-    batch = len(grown.tokens)
+    batch, shape, device = len(grown.tokens), growth.shape, grown.tokens.device
     law = ProposalLaw.DETERMINISTIC if grown.draft_probs is None else law
-    depths, words = tree_words(grown.parents, growth.depth)
+    if shape is None:
+        depths, words = tree_words(grown.parents, growth.depth)
+    else:
+        depths = upload(shape.depths, device).repeat(batch, 1)
+        bits = ancestor_words(shape.ancestor_bits, len(shape))
+        words = upload(bits, device).repeat(batch, 1, 1)
     tokens, names = grown.tokens.flatten(), grown.draft_tokens
     return TreeBatch(
         tokens=tokens,
@@ -165,5 +170,5 @@ def _packed(growth: Growth, grown: Grown, law: ProposalLaw) -> TreeBatch:
         max_depth=growth.depth,
         max_children=growth.max_children,
         draft_tokens=None if names is None else names.flatten(0, 1),
-        host_parents=None if growth.parents is None else growth.parents * batch,
+        host_parents=None if shape is None else shape.parents * batch,
     )

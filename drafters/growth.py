@@ -92,8 +92,8 @@ class Growth(ABC):
     rows: int
     """Nodes below the root that are run."""
     max_children: int
-    parents: tuple[int, ...] | None = None
-    """Of all trees alike, where the host knows them."""
+    shape: Topology | None = None
+    """Of all trees alike, where the host knows it."""
 
     @abstractmethod
     def grow(self, roots: Tensor, logits: Tensor, run: Run) -> Grown:
@@ -127,7 +127,7 @@ class ShapeGrowth(Growth):
     """
 
     def __init__(self, shape: Topology, device: torch.device) -> None:
-        self.shape, self.parents = shape, shape.parents
+        self.shape: Topology = shape
         self.size, self.depth = len(shape), shape.depths[-1]
         self.rows = max(0, len(shape.inner) - 1)
         self.max_children = max(map(shape.parents.count, range(len(shape))))
