@@ -17,7 +17,6 @@ from torch import Tensor
 from specdec.attention import AttentionPlan
 from specdec.bits import chain_words
 from specdec.cache import NULL_SEQUENCE, Speculation
-from specdec.captured import places
 from specdec.drafters.draft_cache import DraftCache, DraftText, fit
 from specdec.drafters.growth import Growth, Level
 from specdec.drafting import DeviceDrafter, DraftBuffers, DraftContext
@@ -83,7 +82,7 @@ class DeviceDraftModel(DeviceDrafter):
 
     @property
     def state(self) -> Hashable:
-        return places(self._cache.target)
+        return self._cache.target.places
 
     @property
     def lagging(self) -> bool:
@@ -164,7 +163,7 @@ class DeviceDraftModel(DeviceDrafter):
         words = self._chain_words.expand(len(sequences), -1, -1)
         plan = self._plan(buffers, sequences, before, self._chain, self._chain, words, count)
         ends = torch.arange(len(sequences), device=before.device) * count + missing - 1
-        logits = target.forward(tokens.flatten(), plan, keep=ends)
+        logits = target.compute(tokens.flatten(), plan, keep=ends)
         cache.lengths.scatter_(0, sequences, buffers.lengths.where(sequences > 0, 0))
         return fit(logits, self._vocab_size)
 
@@ -177,7 +176,7 @@ class DeviceDraftModel(DeviceDrafter):
         depths = torch.full_like(nodes, level.depth - 1)
         rows = self._growth(buffers.nodes).rows
         plan = self._plan(buffers, sequences, prefix, nodes, depths, level.ancestors, rows)
-        logits = target.forward(self._cache.known(level.tokens).flatten(), plan)
+        logits = target.compute(self._cache.known(level.tokens).flatten(), plan)
         return fit(logits, self._vocab_size).view(batch, width, -1)
 
     def _plan(

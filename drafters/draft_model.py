@@ -76,13 +76,13 @@ class DraftModel(Drafter):
 
     @property
     def on_host(self) -> str:
-        if self._target.fused is None:
-            return f"drafts on the host, its layers by transformers: {self._target.unfit}"
+        if self._target.uncaptured is not None:
+            return f"drafts on the host, {self._target.uncaptured}"
         return f"drafts on {self._target.device}"
 
     def on_device(self, requests: int, nodes: int, device: torch.device) -> DeviceDrafter | None:
         self._target.weights_state()  # looks whether the layers can be computed as before
-        if self._target.fused is None or self._target.device != device:
+        if self._target.uncaptured is not None or self._target.device != device:
             return None
         return DeviceDraftModel(self._cache, self._growth, requests, nodes, device)
 

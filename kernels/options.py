@@ -27,3 +27,8 @@ class Cuts:
     def scale(self) -> float:
         """What a difference of logits is multiplied by before 2 is raised to it."""
         return LOG2E / self.temperature
+
+    @property
+    def any(self) -> bool:
+        """Whether tokens are cut at all."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0

@@ -1,15 +1,22 @@
 """Rows of logits, read once: the greatest, the distribution that options leave, a draw from it.
 
 `scan` reads all logits in chunks of one size, several programs a row where rows are few, and keeps
-of each chunk the maximum and the sum of its exponentials, of each group of `GROUP` neighbours the
-maximum. What follows is one small program for each row, which reads next to nothing again:
+of each chunk the maximum and the sum of its exponentials. The greatest logit is then in the first
+chunk that has it, and a draw without cuts is made from the sums and one chunk.
 
-* the greatest logit: the first place of the first chunk that has it;
-* a threshold - top-k, top-p - without a sort. If the maxima of some groups alone are k tokens, or
-  have the share p, then no token below the least of them is kept. So only the groups that reach it
-  can hold kept tokens; among those the exact edge is found by bisection over the bits of the
-  logits. The flatter a row, the more groups; in the worst case the row is read once for each step;
-* a draw by inverting the cumulative sum in the order of the vocabulary, as `specdec.sampling.draw`.
+A threshold - top-k, top-p, min-p - is found without a sort, from the maximum and the sum of each
+group of `GROUP` neighbours:
+
+* a bound below which no token can be kept, by one small program for each row. If the maxima of k
+  groups reach a logit, so does the k-th token. And of a group with the sum S whose maximum has the
+  weight w or more, tokens of such weights have at least S - (GROUP - 1) w; if those of all groups
+  have the share p, then no token below w is kept;
+* the candidates, tokens that reach the bound, in the order of the vocabulary, by several programs a
+  row. Chunks that have none are not read;
+* the exact edge among them, by bisection over the bits of the logits, by one program a row; then
+  their sum, and a draw by inverting the cumulative sum in the order of the vocabulary, as
+  `specdec.sampling.draw`. If more than a quarter of the vocabulary are candidates, they are not
+  gathered, and every step of the bisection reads the row.
 
 Ties. Top-k keeps every token that equals the k-th. Top-p takes tokens from the likeliest downwards,
 of equal ones the later, and stops when it has the share p: so does transformers where its ascending
@@ -17,7 +24,8 @@ sort is stable (torch's is not on every CPU). Equal means equal logits, before t
 the temperature.
 
 How a row is summed does not depend on how many rows there are. A row with NaN has NaN as its best.
-Logits are read in their own dtype; nothing as wide as the vocabulary is written.
+Logits are read in their own dtype; nothing as wide as the vocabulary is written but the candidates
+of rows that are nearly flat.
 
 Letters: R rows, V vocabulary, C chunks of a row, G groups of a row.
 """
@@ -38,14 +46,20 @@ from specdec.kernels.options import Cuts
 
 CHUNK = 4096
 """Logits that a program holds at a time, at most."""
-GROUP = 64
-"""Neighbours whose maximum is kept."""
+GROUP = 32
+"""Neighbours whose maximum and sum are kept."""
 WAVES = 4
 """Programs of a scan for each multiprocessor, at least, where rows are few."""
+MOST_PARTS = 8
+"""Programs that gather the candidates of a row, at most."""
+GATHERED = 4
+"""Candidates are gathered if they are at most one in so many tokens."""
+TILE = 2048
+"""Candidates that a program holds at a time, at most."""
 OFF = {"enable_fp_fusion": False}
 """Sums must not depend on what the compiler makes of them. Triton warns of launches without it."""
 NEVER = tl.constexpr(float("-inf"))
-LEAST = tl.constexpr(-(2**31))
+LEAST, GREATEST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,13 @@ def ordered(x, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def number(key, SHIFT: tl.constexpr):
+    """The number that has such a key."""
+    bits = (key << SHIFT) | tl.where(key < 0, (1 << SHIFT) - 1, 0)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def kept(x, token, weight, floor, first, min_p, SHIFT: tl.constexpr):
     """Which tokens the cuts leave, given their logits and exp((logit - best) / temperature)."""
     key = ordered(x, SHIFT)
@@ -83,8 +104,9 @@ def kept(x, token, weight, floor, first, min_p, SHIFT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["scale"])
 def _scan_kernel(
-    LOGITS, stride, CHUNK_MAX, CHUNK_SUM, GROUP_MAX, vocab, chunks, groups, parts, scale,
-    CHUNK: tl.constexpr, GROUP: tl.constexpr, SUMS: tl.constexpr,
+    LOGITS, stride, CHUNK_MAX, CHUNK_SUM, GROUP_MAX, GROUP_SUM,
+    vocab, chunks, groups, parts, scale,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr, SUMS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     row, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     LOGITS += row.to(tl.int64) * stride
@@ -97,10 +119,12 @@ def _scan_kernel(
         peak = tl.max(most, 0)
         if SUMS:
             base = tl.where(peak == NEVER, 0.0, peak)
-            total = tl.sum(tl.sum(tl.exp2((x - base) * scale), 1), 0)
-            tl.store(CHUNK_SUM + row * chunks + chunk, total)
-            here = chunk * (CHUNK // GROUP) + group
-            tl.store(GROUP_MAX + row * groups + here, most, mask=here < groups)
+            sums = tl.sum(tl.exp2((x - base) * scale), 1)
+            tl.store(CHUNK_SUM + row * chunks + chunk, tl.sum(sums, 0))
+            if GROUPS:
+                here = chunk * (CHUNK // GROUP) + group
+                tl.store(GROUP_MAX + row * groups + here, most, mask=here < groups)
+                tl.store(GROUP_SUM + row * groups + here, sums, mask=here < groups)
         else:
             wrong = tl.max(tl.max((x != x).to(tl.int32), 1), 0)
             peak = tl.where(wrong > 0, float("nan"), peak)
@@ -129,35 +153,164 @@ def _pick_kernel(
 
 
 @triton.jit
-def _listed_tile(
-    LOGITS, LIST, start, listed, vocab, GROUP: tl.constexpr, TILE: tl.constexpr
+def _total(CHUNK_MAX, CHUNK_SUM, row, chunks, scale, CP: tl.constexpr):
+    """The greatest logit of a row, a number to subtract, and [CP] the sums of its chunks."""
+    chunk = tl.arange(0, CP)
+    most = tl.load(CHUNK_MAX + row * chunks + chunk, mask=chunk < chunks, other=NEVER)
+    sums = tl.load(CHUNK_SUM + row * chunks + chunk, mask=chunk < chunks, other=0.0)
+    best = tl.max(most, 0)
+    base = tl.where(best == NEVER, 0.0, best)
+    return best, base, sums * tl.exp2((most - base) * scale)
+
+
+@triton.jit
+def _point(SEEDS, POSITIONS, TREE, DEPTHS, row):
+    """A row's uniform number."""
+    tree = tl.load(TREE + row)
+    position = tl.load(POSITIONS + tree) + tl.load(DEPTHS + row)
+    return uniform(tl.load(SEEDS + tree), position, position * 0 + SAMPLE)
+
+
+@triton.jit(do_not_specialize=["scale"])
+def _whole_kernel(
+    LOGITS, stride, CHUNK_MAX, CHUNK_SUM, BEST, NORM, FLOOR, FIRST, TOKENS,
+    SEEDS, POSITIONS, TREE, DEPTHS, vocab, chunks, scale,
+    DRAW: tl.constexpr, CHUNK: tl.constexpr, CP: tl.constexpr,
 ):  # fmt: skip
-    """The logits of some listed groups [TILE, GROUP], the groups, and the tokens."""
-    lane = start + tl.arange(0, TILE)
-    group = tl.load(LIST + lane, mask=lane < listed, other=0)
-    token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    real = (lane < listed)[:, None] & (token < vocab)
-    return tl.load(LOGITS + token, mask=real, other=NEVER).to(tl.float32), group, token
+    """Rows of which nothing is cut."""
+    row = tl.program_id(0)
+    best, base, sums = _total(CHUNK_MAX, CHUNK_SUM, row, chunks, scale, CP)
+    norm = tl.sum(sums, 0)
+    tl.store(BEST + row, tl.where(norm != norm, float("nan"), best))
+    tl.store(NORM + row, norm)
+    tl.store(FLOOR + row, LEAST)
+    tl.store(FIRST + row, 0)
+    if DRAW:
+        chunk = tl.arange(0, CP)
+        mass = sums.to(tl.float64)
+        upto = tl.cumsum(mass, 0)
+        point = _point(SEEDS, POSITIONS, TREE, DEPTHS, row) * tl.sum(mass, 0)
+        fits = (mass > 0) & (upto - mass <= point)
+        home = tl.maximum(tl.max(tl.where(fits, chunk, -1), 0), 0)
+        left = point - tl.sum(tl.where(chunk < home, mass, 0.0), 0)
+        token = home * CHUNK + tl.arange(0, CHUNK)
+        at = LOGITS + row.to(tl.int64) * stride + token
+        x = tl.load(at, mask=token < vocab, other=NEVER).to(tl.float32)
+        value = tl.exp2((x - base) * scale).to(tl.float64)
+        upto = tl.cumsum(value, 0)
+        fits = (value > 0) & (upto - value <= left)
+        tl.store(TOKENS + row, tl.max(tl.where(fits, token, 0), 0).to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["scale", "top_k", "top_p", "min_p"])
+def _bound_kernel(
+    CHUNK_MAX, CHUNK_SUM, GROUP_MAX, GROUP_SUM, BEST, NORM, BOUND,
+    chunks, groups, scale, top_k, top_p,
+    TOP_K: tl.constexpr, TOP_P: tl.constexpr, SHIFT: tl.constexpr,
+    CHUNK: tl.constexpr, CP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr,
+):  # fmt: skip
+    """A key that no token is kept below, from the maxima and sums of groups."""
+    row = tl.program_id(0)
+    best, base, sums = _total(CHUNK_MAX, CHUNK_SUM, row, chunks, scale, CP)
+    norm = tl.sum(sums, 0)
+    tl.store(BEST + row, tl.where(norm != norm, float("nan"), best))
+    tl.store(NORM + row, norm)
+    bound = ordered(norm * 0.0 + NEVER, SHIFT).to(tl.int64)
+    if TOP_K or TOP_P:
+        group = tl.arange(0, GP)
+        real = group < groups
+        top = tl.load(GROUP_MAX + row * groups + group, mask=real, other=NEVER)
+        key = ordered(top, SHIFT)
+        peak = tl.load(CHUNK_MAX + row * chunks + group * GROUP // CHUNK, mask=real, other=NEVER)
+        share = tl.load(GROUP_SUM + row * groups + group, mask=real, other=0.0)
+        share = share * tl.exp2((peak - base) * scale)
+        single = tl.exp2((top - base) * scale)
+        wanted = top_k.to(tl.float32) if TOP_K else top_p * norm
+        over = tl.max(key, 0).to(tl.int64) + 1
+        while over - bound > 1:
+            middle = (bound + over) >> 1
+            if TOP_K:
+                has = tl.where(real, 1.0, 0.0)
+            else:
+                least = tl.exp2((number(middle.to(tl.int32), SHIFT) - base) * scale)
+                has = tl.maximum(single, share - (GROUP - 1) * least)
+            enough = tl.sum(tl.where(key >= middle.to(tl.int32), has, 0.0), 0) >= wanted
+            bound = tl.where(enough, middle, bound)
+            over = tl.where(enough, over, middle)
+    sound = (norm > 0) & (norm < float("inf"))  # no token of a broken row is a candidate
+    tl.store(BOUND + row, tl.where(sound, bound, GREATEST).to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["scale", "min_p"])
+def _gather_kernel(
+    LOGITS, stride, CHUNK_MAX, BEST, BOUND, VALUES, NAMES, COUNTS,
+    vocab, chunks, parts, room, scale, min_p,
+    MIN_P: tl.constexpr, SHIFT: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The candidates of a part of a row: their logits and tokens, and how many there are."""
+    row, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    LOGITS += row.to(tl.int64) * stride
+    VALUES += tl.program_id(0).to(tl.int64) * room
+    NAMES += tl.program_id(0).to(tl.int64) * room
+    best, bound = tl.load(BEST + row), tl.load(BOUND + row)
+    each = tl.cdiv(chunks, parts)
+    count = row * 0
+    for chunk in range(part * each, tl.minimum(part * each + each, chunks)):
+        if ordered(tl.load(CHUNK_MAX + row * chunks + chunk), SHIFT) >= bound:
+            token = chunk * CHUNK + tl.arange(0, CHUNK)
+            raw = tl.load(LOGITS + token, mask=token < vocab, other=NEVER)
+            x = raw.to(tl.float32)
+            can = (ordered(x, SHIFT) >= bound) & (x > NEVER)
+            if MIN_P:
+                can = can & (tl.exp2((x - best) * scale) >= min_p)
+            place = count + tl.cumsum(can.to(tl.int32), 0) - 1
+            tl.store(VALUES + place, raw, mask=can & (place < room))
+            tl.store(NAMES + place, token, mask=can & (place < room))
+            count += tl.sum(can.to(tl.int32), 0)
+    tl.store(COUNTS + tl.program_id(0), count)
+
+
+@triton.jit
+def _tile(
+    LOGITS, VALUES, NAMES, start, count, whole, bound, SHIFT: tl.constexpr, TILE: tl.constexpr
+):
+    """[TILE] logits of candidates, and their tokens; of the whole row if none were gathered."""
+    at = start + tl.arange(0, TILE)
+    if whole:
+        x = tl.load(LOGITS + at, mask=at < count, other=NEVER).to(tl.float32)
+        token = at
+    else:
+        x = tl.load(VALUES + at, mask=at < count, other=NEVER).to(tl.float32)
+        token = tl.load(NAMES + at, mask=at < count, other=0)
+    return tl.where(ordered(x, SHIFT) >= bound, x, NEVER), token
+
+
+@triton.jit
+def _weighed(x, base, scale, COUNTED: tl.constexpr):
+    """What candidates count: 1, or their weight."""
+    return tl.where(x > NEVER, 1.0, 0.0) if COUNTED else tl.exp2((x - base) * scale)
 
 
 @triton.jit
 def _edge(
-    LOGITS, LIST, listed, vocab, best, scale, wanted, low, high,
-    COUNT: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
+    LOGITS, VALUES, NAMES, count, whole, bound, base, scale, wanted, low, high,
+    COUNTED: tl.constexpr, SHIFT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The greatest key such that the listed tokens from there upwards have what is wanted.
+    """The greatest key such that the candidates from there upwards have what is wanted.
 
-    `low` is known to have it, or nothing has; `high` not to have it. With COUNT tokens are counted,
-    otherwise their weight is summed.
+    `low` is known to have it, or nothing has; `high` not to have it. If COUNTED, candidates are
+    counted, otherwise their weight is summed.
     """
+    # Most rows have few candidates, which stay in registers.
+    x, _ = _tile(LOGITS, VALUES, NAMES, 0, count, whole, bound, SHIFT, TILE)
+    first_keys, first_values = ordered(x, SHIFT), _weighed(x, base, scale, COUNTED)
     while high - low > 1:
         middle = (low + high) >> 1
-        got = 0.0
-        for start in range(0, listed, TILE):
-            x, _, _ = _listed_tile(LOGITS, LIST, start, listed, vocab, GROUP, TILE)
-            value = tl.where(x > NEVER, 1.0, 0.0) if COUNT else tl.exp2((x - best) * scale)
-            value = tl.where(ordered(x, SHIFT) >= middle.to(tl.int32), value, 0.0)
-            got += tl.sum(tl.sum(value, 1), 0)
+        got = tl.sum(tl.where(first_keys >= middle.to(tl.int32), first_values, 0.0), 0)
+        for start in range(TILE, count, TILE):
+            x, _ = _tile(LOGITS, VALUES, NAMES, start, count, whole, bound, SHIFT, TILE)
+            value = _weighed(x, base, scale, COUNTED)
+            got += tl.sum(tl.where(ordered(x, SHIFT) >= middle.to(tl.int32), value, 0.0), 0)
         enough = got >= wanted
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
@@ -166,157 +319,100 @@ def _edge(
 
 @triton.jit(do_not_specialize=["scale", "top_k", "top_p", "min_p"])
 def _cut_kernel(
-    LOGITS, stride, CHUNK_MAX, CHUNK_SUM, GROUP_MAX, LIST,
-    BEST, NORM, FLOOR, FIRST, TOKENS, SEEDS, POSITIONS, TREE, DEPTHS,
-    vocab, chunks, groups, scale, top_k, top_p, min_p,
-    TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, DRAW: tl.constexpr,
-    SHIFT: tl.constexpr, CHUNK: tl.constexpr, CP: tl.constexpr,
-    GROUP: tl.constexpr, GP: tl.constexpr, TILE: tl.constexpr,
+    LOGITS, stride, VALUES, NAMES, COUNTS, BEST, NORM, BOUND, FLOOR, FIRST, TOKENS,
+    SEEDS, POSITIONS, TREE, DEPTHS, vocab, parts, room, most, scale, top_k, top_p, min_p,
+    TOP_K: tl.constexpr, TOP_P: tl.constexpr, DRAW: tl.constexpr,
+    SHIFT: tl.constexpr, TILE: tl.constexpr, FEW: tl.constexpr, PP: tl.constexpr,
 ):  # fmt: skip
+    """The exact edge among a row's candidates, their sum, and a draw."""
     row = tl.program_id(0)
     LOGITS += row.to(tl.int64) * stride
-    LIST += row.to(tl.int64) * groups
-    chunk = tl.arange(0, CP)
-    real = chunk < chunks
-    most = tl.load(CHUNK_MAX + row * chunks + chunk, mask=real, other=NEVER)
-    sums = tl.load(CHUNK_SUM + row * chunks + chunk, mask=real, other=0.0)
-    best = tl.max(most, 0)
+    VALUES += row.to(tl.int64) * parts * room
+    NAMES += row.to(tl.int64) * parts * room
+    best, norm, bound = tl.load(BEST + row), tl.load(NORM + row), tl.load(BOUND + row)
     base = tl.where(best == NEVER, 0.0, best)
-    sums = sums * tl.exp2((most - base) * scale)
-    norm = tl.sum(sums, 0)
-    real_groups = tl.where((norm > 0) & (norm < float("inf")), groups, 0)  # none in a broken row
-    tl.store(BEST + row, tl.where(norm != norm, float("nan"), best))
-    floor = tl.full([], LEAST, tl.int64)
-    first = tl.full([], 0, tl.int32)
-    point = tl.full([], 0.0, tl.float64)
-    if DRAW:
-        tree = tl.load(TREE + row)
-        position = tl.load(POSITIONS + tree) + tl.load(DEPTHS + row)
-        point = uniform(tl.load(SEEDS + tree), position, position * 0 + SAMPLE)
-
-    if TOP_K or TOP_P or MIN_P:
-        # Groups that can hold a kept token: those whose maximum reaches a bound.
-        group = tl.arange(0, GP)
-        top = tl.load(GROUP_MAX + row * groups + group, mask=group < groups, other=NEVER)
-        key = ordered(top, SHIFT)
-        weight = tl.exp2((top - base) * scale)
-        high = tl.max(key, 0).to(tl.int64) + 1
-        bound = tl.full([], LEAST, tl.int64)
-        if TOP_K or TOP_P:
-            alone = tl.where(group < groups, 1.0, 0.0) if TOP_K else weight
-            wanted = top_k.to(tl.float32) if TOP_K else top_p * norm
-            over = high
-            while over - bound > 1:
-                middle = (bound + over) >> 1
-                enough = tl.sum(tl.where(key >= middle.to(tl.int32), alone, 0.0), 0) >= wanted
-                bound = tl.where(enough, middle, bound)
-                over = tl.where(enough, over, middle)
-        can = (group < real_groups) & (key >= bound.to(tl.int32))
-        if MIN_P and not TOP_P:  # a share is of what min-p has not yet cut
-            can = can & (weight >= min_p)
-        spot = tl.cumsum(can.to(tl.int32), 0) - 1
-        tl.store(LIST + spot, group, mask=can)
-        listed = tl.sum(can.to(tl.int32), 0)
+    part = tl.arange(0, PP)
+    counts = tl.load(COUNTS + row * parts + part, mask=part < parts, other=0)
+    count = tl.sum(counts, 0)
+    whole = count > most
+    if whole:
+        count = vocab
+    elif parts > 1:  # one list of all parts; nothing is moved behind where it was
+        ends = tl.cumsum(counts, 0)
+        for start in range(0, count, FEW):
+            at = start + tl.arange(0, FEW)
+            passed = (at[:, None] >= ends[None, :]) & (part < parts)[None, :]
+            old = at + tl.sum(tl.where(passed, (room - counts)[None, :], 0), 1)
+            value = tl.load(VALUES + old, mask=at < count)
+            name = tl.load(NAMES + old, mask=at < count)
+            tl.debug_barrier()
+            tl.store(VALUES + at, value, mask=at < count)
+            tl.store(NAMES + at, name, mask=at < count)
         tl.debug_barrier()
 
-        if TOP_K:
-            floor = _edge(
-                LOGITS, LIST, listed, vocab, base, scale, top_k.to(tl.float32), bound, high,
-                True, SHIFT, GROUP, TILE,
-            )  # fmt: skip
-            bound = floor
-            if TOP_P:
-                norm = 0.0
-                for start in range(0, listed, TILE):
-                    x, _, _ = _listed_tile(LOGITS, LIST, start, listed, vocab, GROUP, TILE)
-                    value = tl.exp2((x - base) * scale)
-                    norm += tl.sum(tl.sum(tl.where(ordered(x, SHIFT) >= floor, value, 0.0), 1), 0)
+    floor = bound.to(tl.int64)
+    high = ordered(base, SHIFT).to(tl.int64) + 1
+    first = tl.full([], 0, tl.int32)
+    if TOP_K:
+        floor = _edge(
+            LOGITS, VALUES, NAMES, count, whole, bound, base, scale, top_k.to(tl.float32),
+            floor, high, True, SHIFT, TILE,
+        )  # fmt: skip
         if TOP_P:
-            wanted = top_p * norm
-            floor = _edge(
-                LOGITS, LIST, listed, vocab, base, scale, wanted, bound, high,
-                False, SHIFT, GROUP, TILE,
-            )  # fmt: skip
-            # Of the tokens at the edge, the last ones are kept, as many as are needed.
-            above, each, ties = 0.0, 0.0, listed * 0
-            for start in range(0, listed, TILE):
-                x, _, _ = _listed_tile(LOGITS, LIST, start, listed, vocab, GROUP, TILE)
-                key2 = ordered(x, SHIFT)
+            norm = 0.0
+            for start in range(0, count, TILE):
+                x, _ = _tile(LOGITS, VALUES, NAMES, start, count, whole, bound, SHIFT, TILE)
                 value = tl.exp2((x - base) * scale)
-                above += tl.sum(tl.sum(tl.where(key2 > floor, value, 0.0), 1), 0)
-                each = tl.maximum(each, tl.max(tl.max(tl.where(key2 == floor, value, 0.0), 1), 0))
-                ties += tl.sum(tl.sum((key2 == floor).to(tl.int32), 1), 0)
-            needed = tl.ceil(tl.maximum(wanted - above, 0.0) / tl.maximum(each, 1e-30))
-            needed = tl.maximum(tl.minimum(needed, ties.to(tl.float32)), 1.0).to(tl.int32)
-            skipped = ties - needed
-            if skipped > 0:
-                seen = 0
-                for start in range(0, listed, TILE):
-                    x, ids, _ = _listed_tile(LOGITS, LIST, start, listed, vocab, GROUP, TILE)
-                    here = tl.sum((ordered(x, SHIFT) == floor).to(tl.int32), 1)
-                    upto = seen + tl.cumsum(here, 0)
-                    # The group in which the first kept one lies.
-                    its = (upto > skipped) & (upto - here <= skipped)
-                    if tl.max(its.to(tl.int32), 0) > 0:
-                        home = tl.max(tl.where(its, ids, -1), 0)
-                        before = tl.max(tl.where(its, upto - here, 0), 0)
-                        token = home * GROUP + tl.arange(0, GROUP)
-                        y = tl.load(LOGITS + token, mask=token < vocab, other=NEVER).to(tl.float32)
-                        equal = ((ordered(y, SHIFT) == floor) & (token < vocab)).to(tl.int32)
-                        rank = before + tl.cumsum(equal, 0)
-                        hit = (equal > 0) & (rank == skipped + 1)
-                        first = tl.max(tl.where(hit, token, 0), 0)
-                    seen += tl.sum(here, 0)
+                norm += tl.sum(tl.where(ordered(x, SHIFT) >= floor, value, 0.0), 0)
+    if TOP_P:
+        wanted = top_p * norm
+        floor = _edge(
+            LOGITS, VALUES, NAMES, count, whole, bound, base, scale, wanted,
+            floor, high, False, SHIFT, TILE,
+        )  # fmt: skip
+        # Of the tokens at the edge, the last ones are kept, as many as are needed.
+        above, each, ties = 0.0, 0.0, count * 0
+        for start in range(0, count, TILE):
+            x, _ = _tile(LOGITS, VALUES, NAMES, start, count, whole, bound, SHIFT, TILE)
+            key = ordered(x, SHIFT)
+            value = tl.exp2((x - base) * scale)
+            above += tl.sum(tl.where(key > floor, value, 0.0), 0)
+            each = tl.maximum(each, tl.max(tl.where(key == floor, value, 0.0), 0))
+            ties += tl.sum((key == floor).to(tl.int32), 0)
+        needed = tl.ceil(tl.maximum(wanted - above, 0.0) / tl.maximum(each, 1e-30))
+        needed = tl.maximum(tl.minimum(needed, ties.to(tl.float32)), 1.0).to(tl.int32)
+        skipped = ties - needed
+        if skipped > 0:
+            seen = 0
+            for start in range(0, count, TILE):
+                x, token = _tile(LOGITS, VALUES, NAMES, start, count, whole, bound, SHIFT, TILE)
+                equal = (ordered(x, SHIFT) == floor).to(tl.int32)
+                hit = (equal > 0) & (seen + tl.cumsum(equal, 0) == skipped + 1)
+                first = tl.maximum(first, tl.max(tl.where(hit, token, 0), 0))
+                seen += tl.sum(equal, 0)
 
-        total = tl.full([], 0.0, tl.float64)
-        for start in range(0, listed, TILE):
-            x, _, token = _listed_tile(LOGITS, LIST, start, listed, vocab, GROUP, TILE)
+    total = tl.full([], 0.0, tl.float64)
+    for start in range(0, count, TILE):
+        x, token = _tile(LOGITS, VALUES, NAMES, start, count, whole, bound, SHIFT, TILE)
+        value = tl.exp2((x - base) * scale)
+        value = tl.where(kept(x, token, value, floor, first, min_p, SHIFT), value, 0.0)
+        total += tl.sum(value.to(tl.float64), 0)
+    if DRAW:
+        point = _point(SEEDS, POSITIONS, TREE, DEPTHS, row) * total
+        passed_by = tl.full([], 0.0, tl.float64)
+        drawn = tl.full([], 0, tl.int32)
+        for start in range(0, count, TILE):
+            x, token = _tile(LOGITS, VALUES, NAMES, start, count, whole, bound, SHIFT, TILE)
             value = tl.exp2((x - base) * scale)
             value = tl.where(kept(x, token, value, floor, first, min_p, SHIFT), value, 0.0)
-            total += tl.sum(tl.sum(value, 1).to(tl.float64), 0)
-        norm = total.to(tl.float32)
-        if DRAW:
-            point *= total
-            home, left = 0, point
-            passed = tl.full([], 0.0, tl.float64)
-            open_ = 1
-            for start in range(0, listed, TILE):
-                if open_ > 0:
-                    x, ids, token = _listed_tile(LOGITS, LIST, start, listed, vocab, GROUP, TILE)
-                    value = tl.exp2((x - base) * scale)
-                    value = tl.where(kept(x, token, value, floor, first, min_p, SHIFT), value, 0.0)
-                    mass = tl.sum(value, 1).to(tl.float64)
-                    upto = passed + tl.cumsum(mass, 0)
-                    # The last group with any mass that begins at the point or before it.
-                    fits = (mass > 0) & (upto - mass <= point)
-                    if tl.max(fits.to(tl.int32), 0) > 0:
-                        home = tl.max(tl.where(fits, ids, -1), 0)
-                        left = tl.min(
-                            tl.where(fits & (ids == home), point - (upto - mass), 1e300), 0
-                        )
-                    passed += tl.sum(mass, 0)
-                    open_ = (passed <= point).to(tl.int32)
-            token = home * GROUP + tl.arange(0, GROUP)
-            x = tl.load(LOGITS + token, mask=token < vocab, other=NEVER).to(tl.float32)
-            value = tl.exp2((x - base) * scale)
-            value = tl.where(kept(x, token, value, floor, first, min_p, SHIFT), value, 0.0)
-            upto = tl.cumsum(value.to(tl.float64), 0)
-            fits = (value > 0) & (upto - value.to(tl.float64) <= left)
-            tl.store(TOKENS + row, tl.max(tl.where(fits, token, 0), 0).to(tl.int64))
-    elif DRAW:
-        mass = sums.to(tl.float64)
-        upto = tl.cumsum(mass, 0)
-        point *= tl.sum(mass, 0)
-        fits = (mass > 0) & (upto - mass <= point)
-        home = tl.maximum(tl.max(tl.where(fits, chunk, -1), 0), 0)
-        left = point - tl.sum(tl.where(chunk < home, mass, 0.0), 0)
-        token = home * CHUNK + tl.arange(0, CHUNK)
-        x = tl.load(LOGITS + token, mask=token < vocab, other=NEVER).to(tl.float32)
-        value = tl.exp2((x - base) * scale).to(tl.float64)
-        upto = tl.cumsum(value, 0)
-        fits = (value > 0) & (upto - value <= left)
-        tl.store(TOKENS + row, tl.max(tl.where(fits, token, 0), 0).to(tl.int64))
-    tl.store(NORM + row, norm)
+            mass = value.to(tl.float64)
+            upto = passed_by + tl.cumsum(mass, 0)
+            # The last token with any mass that begins at the point or before it.
+            fits = (mass > 0) & (upto - mass <= point)
+            drawn = tl.maximum(drawn, tl.max(tl.where(fits, token, 0), 0))
+            passed_by += tl.sum(mass, 0)
+        tl.store(TOKENS + row, drawn.to(tl.int64))
+    tl.store(NORM + row, total.to(tl.float32))
     tl.store(FLOOR + row, floor.to(tl.int32))
     tl.store(FIRST + row, first)
 
@@ -334,7 +430,7 @@ def greatest(logits: Tensor) -> tuple[Tensor, Tensor]:
     chunk = chunk_of(vocab)
     chunks = triton.cdiv(vocab, chunk)
     peaks = torch.empty(rows, chunks, dtype=torch.float32, device=logits.device)
-    _scan(logits, peaks, peaks, peaks, 0, 1.0, sums=False)
+    _scan(logits, peaks)
     best = torch.empty(rows, dtype=torch.float32, device=logits.device)
     choices = torch.empty(rows, dtype=torch.int64, device=logits.device)
     _pick_kernel[(rows,)](
@@ -366,34 +462,61 @@ def distributions(
     chunk = chunk_of(vocab)
     chunks, groups = triton.cdiv(vocab, chunk), triton.cdiv(vocab, GROUP)
 
-    def new(*shape: int, dtype: torch.dtype) -> Tensor:
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    peaks, sums = (new(rows, chunks, dtype=torch.float32) for _ in range(2))
-    tops = new(rows, groups, dtype=torch.float32)
-    _scan(logits, peaks, sums, tops, groups, cuts.scale, sums=True)
     out = Rows(
         logits,
         cuts,
-        peaks,
-        best=new(rows, dtype=torch.float32),
-        norm=new(rows, dtype=torch.float32),
+        peaks=new(rows, chunks),
+        best=new(rows),
+        norm=new(rows),
         floor=new(rows, dtype=torch.int32),
         first=new(rows, dtype=torch.int32),
         tokens=new(rows, dtype=torch.int64),
     )
-    some = cuts.top_k > 0 or cuts.top_p < 1 or cuts.min_p > 0
-    listed = new(rows, groups, dtype=torch.int32) if some else out.first
+    sums = new(rows, chunks)
     unused = out.tokens
-    _cut_kernel[(rows,)](
-        logits, logits.stride(0), peaks, sums, tops, listed,
-        out.best, out.norm, out.floor, out.first, out.tokens,
+    noise = (
         unused if seeds is None else seeds, unused if positions is None else positions,
         unused if tree is None else tree, unused if depths is None else depths,
-        vocab, chunks, groups, cuts.scale, cuts.top_k, cuts.top_p, cuts.min_p,
-        TOP_K=cuts.top_k > 0, TOP_P=cuts.top_p < 1, MIN_P=cuts.min_p > 0, DRAW=seeds is not None,
-        SHIFT=shift(logits.dtype), CHUNK=chunk, CP=_lanes(chunks), GROUP=GROUP, GP=_lanes(groups),
-        TILE=chunk // GROUP, num_warps=8, **OFF,
+    )  # fmt: skip
+    if not cuts.any:
+        _scan(logits, out.peaks, sums, scale=cuts.scale)
+        _whole_kernel[(rows,)](
+            logits, logits.stride(0), out.peaks, sums, out.best, out.norm, out.floor, out.first,
+            out.tokens, *noise, vocab, chunks, cuts.scale,
+            DRAW=seeds is not None, CHUNK=chunk, CP=_lanes(chunks), num_warps=8, **OFF,
+        )  # fmt: skip
+        return out
+    tops, shares = new(rows, groups), new(rows, groups)
+    _scan(logits, out.peaks, sums, tops, shares, scale=cuts.scale)
+    bound = new(rows, dtype=torch.int32)
+    has = {"TOP_K": cuts.top_k > 0, "TOP_P": cuts.top_p < 1, "SHIFT": shift(logits.dtype)}
+    _bound_kernel[(rows,)](
+        out.peaks, sums, tops, shares, out.best, out.norm, bound,
+        chunks, groups, cuts.scale, cuts.top_k, cuts.top_p,
+        CHUNK=chunk, CP=_lanes(chunks), GROUP=GROUP, GP=_lanes(groups), num_warps=8, **has, **OFF,
+    )  # fmt: skip
+    parts = min(MOST_PARTS, _parts(rows, chunks, device))
+    most = max(1, vocab // GATHERED)
+    room = min(most, triton.cdiv(chunks, parts) * chunk)
+    values = new(rows, parts, room, dtype=logits.dtype)
+    names = new(rows, parts, room, dtype=torch.int32)
+    counts = new(rows, parts, dtype=torch.int32)
+    _gather_kernel[(rows * parts,)](
+        logits, logits.stride(0), out.peaks, out.best, bound, values, names, counts,
+        vocab, chunks, parts, room, cuts.scale, cuts.min_p,
+        # A share is of what min-p has not yet cut.
+        MIN_P=cuts.min_p > 0 and cuts.top_p == 1, SHIFT=shift(logits.dtype), CHUNK=chunk,
+        num_warps=8, **OFF,
+    )  # fmt: skip
+    _cut_kernel[(rows,)](
+        logits, logits.stride(0), values, names, counts, out.best, out.norm, bound,
+        out.floor, out.first, out.tokens, *noise, vocab, parts, room, most,
+        cuts.scale, cuts.top_k, cuts.top_p, cuts.min_p,
+        DRAW=seeds is not None, TILE=min(chunk, TILE), FEW=min(chunk, 512), PP=_lanes(MOST_PARTS),
+        num_warps=8, **has, **OFF,
     )  # fmt: skip
     return out
 
@@ -418,26 +541,34 @@ def shift(dtype: torch.dtype) -> int:
 def _scan(
     logits: Tensor,
     peaks: Tensor,
-    totals: Tensor,
-    tops: Tensor,
-    groups: int,
-    scale: float,
+    sums: Tensor | None = None,
+    tops: Tensor | None = None,
+    shares: Tensor | None = None,
     *,
-    sums: bool,
+    scale: float = 1.0,
 ) -> None:
+    """Writes the peaks [R, C] and what else is given: sums [R, C], and tops and shares [R, G]."""
     rows, vocab = logits.shape
     shift(logits.dtype)
     if logits.stride(1) != 1:
         raise ValueError(f"logits: expected contiguous rows, got strides {logits.stride()}")
     chunks = peaks.shape[1]
-    processors = 1
-    if logits.is_cuda:
-        processors = torch.cuda.get_device_properties(logits.device).multi_processor_count
-    parts = max(1, min(chunks, triton.cdiv(WAVES * processors, rows)))
+    parts = _parts(rows, chunks, logits.device)
     _scan_kernel[(rows * parts,)](
-        logits, logits.stride(0), peaks, totals, tops, vocab, chunks, groups, parts, scale,
-        CHUNK=chunk_of(vocab), GROUP=GROUP, SUMS=sums, num_warps=4, **OFF,
+        logits, logits.stride(0), peaks, peaks if sums is None else sums,
+        peaks if tops is None else tops, peaks if shares is None else shares,
+        vocab, chunks, 0 if tops is None else tops.shape[1], parts, scale,
+        CHUNK=chunk_of(vocab), GROUP=GROUP, SUMS=sums is not None, GROUPS=tops is not None,
+        num_warps=4, **OFF,
     )  # fmt: skip
+
+
+def _parts(rows: int, chunks: int, device: torch.device) -> int:
+    """Programs that work on one row."""
+    processors = 1
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(chunks, -(-WAVES * processors // rows)))
 
 
 def _lanes(count: int) -> int:

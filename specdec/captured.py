@@ -14,7 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from specdec.attention import AttentionPlan
 from specdec.budget import NodeBudget
 from specdec.cache import Speculation
 from specdec.drafting import DeviceDrafter, DraftBuffers, Drafter, RootsOnly
+from specdec.graphs import capture, shared_memory
 from specdec.transfer import upload
 from specdec.tree import ProposalLaw
 from specdec.verify import AcceptanceRule, DeviceChoice
@@ -168,7 +169,7 @@ class Step:
             slots=self.slots,
             positions=self.positions,
         )
-        logits = target.forward(trees.tokens, self._plan())
+        logits = target.compute(trees.tokens, self._plan())
         choices, best = self.choice.choose(
             logits, texts.seeds, texts.lengths, self.depths.view(len(texts.lengths), -1)
         )
@@ -300,10 +301,10 @@ class StepGraphs:
     ) -> Graph:
         """The graph for such a step, which may still be empty."""
         drafter = drafter if nodes > 1 else self._plain
-        now = places(self.target)
-        if now != self._places:  # the old graphs would write to memory that is others' now
+        places = self.target.places
+        if places != self._places:  # the old graphs would write to memory that is others' now
             self._graphs.clear()
-            self._places = now
+            self._places = places
         longest = max(SHORTEST, 1 << (longest - 1).bit_length())
         # What all requests with such options have in common, not the policy of one call.
         how = _same(policy.drafter) if nodes > 1 else None, _settings(policy.rule)
@@ -345,37 +346,13 @@ class StepGraphs:
             graph.graph.replay()
             return True
         if graph.warm and self.target.device.type == "cuda":
-            graph.graph = self._capture(graph.step)
+            memory = shared_memory(found.graph for found in self._graphs.values())
+            graph.graph, _ = capture(graph.step.run, memory)
             graph.graph.replay()  # the first time takes longer
         else:
             graph.step.run()
             graph.warm = True
         return False
-
-    def _capture(self, step: Step) -> torch.cuda.CUDAGraph:
-        found, now = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(now)
-        with torch.cuda.stream(stream):
-            found.capture_begin(self._memory(), capture_error_mode="thread_local")
-            try:
-                step.run()
-            finally:
-                found.capture_end()
-        now.wait_stream(stream)
-        return found
-
-    def _memory(self) -> Any:
-        """What the graphs that there are allocate from; None if there are none."""
-        return next((g.graph.pool() for g in self._graphs.values() if g.graph is not None), None)
-
-
-def places(target: Target) -> Hashable:
-    """Where the tensors lie that a pass of a model refers to."""
-    cache = target.cache
-    pages = [(g.keys.data_ptr(), g.values.data_ptr(), g.keys.shape[1]) for g in cache.pool.groups]
-    table = (cache.page_table.data_ptr(), tuple(cache.page_table.shape))
-    return target.fused, cache.lengths.data_ptr(), table, tuple(pages)
 
 
 @dataclass(frozen=True)
@@ -535,10 +512,8 @@ def _to_host(report: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 def grounded(target: Target, lane: Lane) -> str | None:
     """Why the steps of a lane cannot be captured; None if they can."""
     policy = lane.policy
-    if not target.capture:
-        return "capture is off"
-    if target.fused is None:
-        return f"layers by transformers: {target.unfit}"
+    if target.uncaptured is not None:
+        return target.uncaptured
     if policy.rule.on_device(policy.sampler) is None:
         return f"the rule {policy.rule.name!r} with these options is not captured"
     if policy.keep:

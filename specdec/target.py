@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.attention import AttentionPlan, Backend
+from specdec.attention import TRITON_PAGE, AttentionPlan, Backend
 from specdec.batch import TreeBatch
 from specdec.cache import Speculation, TreeKVCache
 from specdec.captured import StepGraphs
@@ -38,6 +38,7 @@ from specdec.hooks import (
 )
 from specdec.identity import Weights
 from specdec.pages import DraftLayers, LayerShape, PagePool
+from specdec.passes import PassGraphs
 from specdec.support import UnsupportedModel, causal_model, check_model
 
 Layers = Literal["auto", "fused", "transformers"]
@@ -118,6 +119,8 @@ class Target:
         self._draft_layers: dict[int, tuple[Drafter, DraftLayers]] = {}
         self.graphs = StepGraphs(weakref.proxy(self))
         """The captured steps over this cache."""
+        self.passes = PassGraphs(weakref.proxy(self))
+        """The captured passes over this cache."""
 
     def weights_state(self) -> Hashable:
         """What cached K and V depend on besides the tokens; forgets what can never match again.
@@ -227,6 +230,8 @@ class Target:
     ) -> Tensor:
         """One pass of the model over packed rows; their keys and values are written to the pool.
 
+        It is replayed from a CUDA graph where there can be one, see `uncaptured`.
+
         Args:
             tokens: [R] int64.
             plan: where each row is written and what it sees.
@@ -237,6 +242,20 @@ class Target:
         Returns:
             [kept rows, V] logits in the dtype of the model's head.
         """
+        if taps is not None:
+            return self.compute(tokens, plan, keep, taps)
+        with self.lock:
+            return self.passes.forward(tokens, plan, keep)
+
+    @torch.no_grad()
+    def compute(
+        self,
+        tokens: Tensor,
+        plan: AttentionPlan,
+        keep: int | Tensor = 0,
+        taps: Taps | None = None,
+    ) -> Tensor:
+        """`forward`, launched piece by piece; a graph that is being captured can hold it."""
         if self.last_position is not None:
             plan = plan.held(self.last_position)
         if self.fused is not None:
@@ -244,6 +263,28 @@ class Target:
                 return self.fused.forward(tokens, plan, self.cache.pool, self.backend, keep, taps)
         handler = PagedAttention(self.cache.pool, plan, self.backend)
         return self._run(tokens, plan.positions, handler, keep, taps)
+
+    @property
+    def uncaptured(self) -> str | None:
+        """Why no pass can be a CUDA graph; None if passes can."""
+        if not self.capture:
+            return "capture is off"
+        if self.fused is None:
+            return f"layers by transformers: {self.unfit}"
+        triton = self.backend in ("auto", "triton") and self.cache.pool.page_size >= TRITON_PAGE
+        if self.device.type == "cuda" and not triton:
+            return "only attention by triton is captured"
+        return None
+
+    @property
+    def places(self) -> Hashable:
+        """Where everything lies that a captured pass refers to."""
+        cache = self.cache
+        pages = [
+            (g.keys.data_ptr(), g.values.data_ptr(), g.keys.shape[1]) for g in cache.pool.groups
+        ]
+        table = (cache.page_table.data_ptr(), tuple(cache.page_table.shape))
+        return self.fused, cache.lengths.data_ptr(), table, tuple(pages)
 
     def layers_of(self, drafter: Drafter) -> DraftLayers | None:
         """A drafter's own layers in the cache, registered when first asked for; None for none.

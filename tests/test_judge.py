@@ -88,10 +88,10 @@ def later_ties(logits: Tensor, keep: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", CUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_keep_and_draw_what_transformers_and_torch_do(dtype: torch.dtype, name: str) -> None:
-    spread = torch.tensor([[6.0], [2.0]])
-    logits = (torch.randn(2, V) * spread).to(DEVICE, dtype)
+    spread = torch.tensor([[6.0], [2.0], [0.2]])  # the last one is nearly flat
+    logits = (torch.randn(3, V) * spread).to(DEVICE, dtype)
     seeds, positions = split_seeds(3, 1, DEVICE), torch.tensor([7], device=DEVICE)
-    tree, depths = torch.zeros(2, dtype=torch.int64, device=DEVICE), torch.arange(2, device=DEVICE)
+    tree, depths = torch.zeros(3, dtype=torch.int64, device=DEVICE), torch.arange(3, device=DEVICE)
     rows = vocab.distributions(
         logits, CUTS[name], seeds=seeds, positions=positions, tree=tree, depths=depths
     )
