@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import specdec
 from specdec import ProposalLaw, Topology
@@ -27,6 +26,7 @@ from specdec.sampling import Sampler
 from specdec.target import Target
 from specdec.testing import TINY, tiny_model
 from tests import plain_steps
+from tests.test_judge import no_waiting
 
 VOCAB = TINY["vocab_size"]
 NEW = 24
@@ -46,12 +46,18 @@ def hf_model() -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain_steps.stand_in(monkeypatch)
+def _plain(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "real_kernels" not in request.fixturenames:
+        plain_steps.stand_in(monkeypatch)
 
 
-def small(hf_model: Any, noise: float = 0.1, **changes: Any) -> Any:
-    """A model that often says what the other one says."""
+@pytest.fixture
+def real_kernels() -> None:
+    """Marks tests of the kernels themselves."""
+
+
+def small(noise: float = 0.1, **changes: Any) -> Any:
+    """A model that often says what `hf_model` says."""
     model = tiny_model("Llama", num_hidden_layers=1, **changes)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -60,9 +66,9 @@ def small(hf_model: Any, noise: float = 0.1, **changes: Any) -> Any:
     return model
 
 
-def drafter_of(hf_model: Any, shape: Any = None, noise: float = 0.1, **options: Any) -> DraftModel:
+def drafter_of(shape: Any = None, noise: float = 0.1, **options: Any) -> DraftModel:
     changes = {"vocab_size": options.pop("vocab_size", VOCAB)}
-    drafter = DraftModel(small(hf_model, noise, **changes), shape, **options)
+    drafter = DraftModel(small(noise, **changes), shape, **options)
     fuse(drafter)
     return drafter
 
@@ -107,7 +113,7 @@ def nothing_left(model: Any) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_tokens_are_those_of_transformers(hf_model: Any, shape: Any) -> None:
     inputs = prompts()
-    model = wrap(hf_model, drafter_of(hf_model, shape), nodes=13)
+    model = wrap(hf_model, drafter_of(shape), nodes=13)
     for _ in range(2):  # the second run begins with pages of the first
         out = model.generate(**inputs, max_new_tokens=NEW, return_dict_in_generate=True)
         assert torch.equal(out.sequences, greedy(hf_model, inputs))
@@ -120,7 +126,7 @@ def test_tokens_are_those_of_transformers(hf_model: Any, shape: Any) -> None:
 @pytest.mark.parametrize("vocab_size", [VOCAB - 7, VOCAB + 7])
 def test_padded_vocabularies_are_tolerated(hf_model: Any, shape: Any, vocab_size: int) -> None:
     inputs = prompts()
-    model = wrap(hf_model, drafter_of(hf_model, shape, vocab_size=vocab_size))
+    model = wrap(hf_model, drafter_of(shape, vocab_size=vocab_size))
     assert torch.equal(model.generate(**inputs, max_new_tokens=NEW), greedy(hf_model, inputs))
     nothing_left(model)
 
@@ -129,7 +135,7 @@ def test_padded_vocabularies_are_tolerated(hf_model: Any, shape: Any, vocab_size
 def test_sampled_text_is_that_of_the_plain_loop(hf_model: Any, shape: Any) -> None:
     inputs = prompts()
     options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": True, "seed": 5, "top_k": 20}
-    model = wrap(hf_model, drafter_of(hf_model, shape))
+    model = wrap(hf_model, drafter_of(shape))
     out = model.generate(**inputs, **options, return_dict_in_generate=True)
     plain: Any = specdec.wrap(hf_model, "none")
     assert torch.equal(out.sequences, plain.generate(**inputs, **options))
@@ -152,9 +158,20 @@ def test_the_draft_cache_holds_the_text_and_nothing_else(hf_model: Any) -> None:
 
 @contextmanager
 def noted_trees(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[tuple[int, ...], Any]]:
-    """Tokens and parents of the trees that captured steps draft, by the text above them."""
+    """Tokens and parents of the trees that are drafted, by the text above them.
+
+    But for the last ones of the host, which go no deeper than the texts may become.
+    """
     trees: dict[tuple[int, ...], Any] = {}
-    draft = DeviceDraftModel.draft
+    draft, propose = DeviceDraftModel.draft, DraftModel.propose
+
+    def noting_host(self: DraftModel, context: DraftContext, nodes: int) -> Any:
+        batch = propose(self, context, nodes)
+        parts = zip(batch.tokens.split(batch.sizes), batch.parents.split(batch.sizes), strict=True)
+        for text, (tokens, parents) in zip(context.tokens, parts, strict=True):
+            if max(context.max_depths) >= nodes:
+                trees[tuple(text)] = tokens.tolist(), parents.tolist()
+        return batch
 
     def noting(self: DeviceDraftModel, buffers: DraftBuffers) -> None:
         draft(self, buffers)
@@ -167,6 +184,7 @@ def noted_trees(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[tuple[int, ...
 
     with monkeypatch.context() as patch:
         patch.setattr(DeviceDraftModel, "draft", noting)
+        patch.setattr(DraftModel, "propose", noting_host)
         yield trees
 
 
@@ -199,7 +217,7 @@ def test_trees_are_those_of_the_host_path(
 ) -> None:
     """Also after plain steps, which the draft model has to catch up with."""
     inputs = prompts()
-    model = wrap(hf_model, drafter_of(hf_model, shape), nodes=12)
+    model = wrap(hf_model, drafter_of(shape), nodes=12)
     caught_up: Counter[str] = Counter()
     if alternating:
         monkeypatch.setattr(specdec.captured, "NodeBudget", Alternating)
@@ -215,7 +233,7 @@ def test_trees_are_those_of_the_host_path(
     assert torch.equal(out, greedy(hf_model, inputs, max_new_tokens=40))
     assert len(trees) > 20
     assert not alternating or caught_up["times"] > 1
-    fresh = drafter_of(hf_model, shape)
+    fresh = drafter_of(shape)
     for text, (tokens, parents) in trees.items():
         expected = {nodes: proposed(fresh, text, nodes) for nodes in (8, 12)}
         assert (tokens, parents) in expected.values(), text
@@ -228,17 +246,17 @@ def test_texts_that_end_early_leave_the_others_alone(hf_model: Any) -> None:
     for place in (3, 8):
         end = int(expected[0, inputs["input_ids"].shape[1] + place])
         options = {"eos_token_id": end, "pad_token_id": 0}
-        model = wrap(hf_model, drafter_of(hf_model, Beam(3, 3), noise=0.02))
+        model = wrap(hf_model, drafter_of(Beam(3, 3), noise=0.02))
         out = model.generate(**inputs, max_new_tokens=NEW, **options)
         assert torch.equal(out, greedy(hf_model, inputs, **options))
         nothing_left(model)
 
 
-def test_requests_come_go_and_are_cancelled(hf_model: Any) -> None:
+def test_requests_come_go_and_are_cancelled(hf_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes with prompts are not captured: the draft's cache goes from one way to the other."""
-    model = wrap(hf_model, drafter_of(hf_model, Beam(3, 3)))
+    model = wrap(hf_model, drafter_of(Beam(3, 3)))
     texts = [torch.randint(1, VOCAB, (3 + 5 * i,)).tolist() for i in range(5)]
-    with model.engine() as engine:
+    with model.engine() as engine, noted_trees(monkeypatch) as trees:
         handles = []
         for index, text in enumerate(texts):
             new = 8 + 4 * index
@@ -258,12 +276,15 @@ def test_requests_come_go_and_are_cancelled(hf_model: Any) -> None:
             max_new_tokens=8 + 4 * index,
         )[0, len(text) :].tolist()
         assert handle.tokens == (expected[: len(handle.tokens)] if index == 3 else expected)
+    fresh = drafter_of(Beam(3, 3))
+    for known, tree in trees.items():
+        assert tree == proposed(fresh, known, 8)
     nothing_left(model)
 
 
 def test_streams_take_turns_on_one_draft_model(hf_model: Any) -> None:
     """Two models with one draft model; texts on the device change owner, or lie side by side."""
-    drafter = drafter_of(hf_model, Beam(3, 3))
+    drafter = drafter_of(Beam(3, 3))
     models = [wrap(hf_model, drafter), wrap(hf_model, drafter)]
     inputs = [torch.randint(1, VOCAB, (count, 9 + count)) for count in (1, 1, 2)]
     streams = [
@@ -292,7 +313,7 @@ def test_pages_of_the_draft_model_run_out(hf_model: Any) -> None:
     inputs = prompts()
     ways: Counter[str] = Counter()
     for pages in (4, 6, 8, 10):
-        drafter = drafter_of(hf_model, Beam(8, 4), max_pages=pages)
+        drafter = drafter_of(Beam(8, 4), max_pages=pages)
         model = wrap(hf_model, drafter)
         out = model.generate(**inputs, max_new_tokens=NEW, return_dict_in_generate=True)
         assert torch.equal(out.sequences, greedy(hf_model, inputs))
@@ -300,7 +321,7 @@ def test_pages_of_the_draft_model_run_out(hf_model: Any) -> None:
         nothing_left(model)
     assert ways["captured"] > 0
     assert ways["pages run out"] > 0
-    model = wrap(hf_model, drafter_of(hf_model, Beam(8, 4), max_pages=1))
+    model = wrap(hf_model, drafter_of(Beam(8, 4), max_pages=1))
     with pytest.raises(OutOfPages):
         model.generate(**inputs, max_new_tokens=NEW)
     nothing_left(model)
@@ -309,7 +330,7 @@ def test_pages_of_the_draft_model_run_out(hf_model: Any) -> None:
 def test_an_exception_in_a_step_leaves_nothing(
     hf_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, inputs = wrap(hf_model, drafter_of(hf_model, Beam(3, 3))), prompts()
+    model, inputs = wrap(hf_model, drafter_of(Beam(3, 3))), prompts()
     text = inputs["input_ids"][0].tolist()
     with model.engine() as engine:
         handle = engine.submit(text, max_new_tokens=NEW, do_sample=False)
@@ -326,10 +347,10 @@ def test_an_exception_in_a_step_leaves_nothing(
 
 def test_why_it_is_not_captured(hf_model: Any) -> None:
     inputs = prompts()
-    drawing = drafter_of(hf_model, law=ProposalLaw.IID)
+    drawing = drafter_of(law=ProposalLaw.IID)
     sampled = {"do_sample": True, "seed": 1}
     for drafter, rule, options, why in (
-        (DraftModel(small(hf_model)), "auto", {}, "the model is on cpu"),
+        (DraftModel(small()), "auto", {}, "the model is on cpu"),
         (drawing, "sample-and-match", sampled, "DraftModel draws its drafts"),
     ):
         model = wrap(hf_model, drafter, rule=rule)
@@ -338,28 +359,12 @@ def test_why_it_is_not_captured(hf_model: Any) -> None:
         assert path.endswith(why)
 
 
-class NoWaiting(TorchDispatchMode):
-    """Refuses what makes the host wait for a GPU."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name()
-        waits = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh")
-        assert not any(word in name for word in waits), name
-        assert "_to_copy" not in name or (kwargs or {}).get("device") is None, "moved"
-        indices = args[1] if name.startswith(("aten::index.", "aten::index_put")) else ()
-        assert not any(x is not None and x.dtype == torch.bool for x in indices), name
-        return func(*args, **(kwargs or {}))
-
-
-no_waiting: Any = NoWaiting
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_drafting_never_waits_for_the_device(
     hf_model: Any, shape: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but the forward, whose kernels are launched on a GPU."""
-    model = wrap(hf_model, drafter_of(hf_model, shape), nodes=12)
+    model = wrap(hf_model, drafter_of(shape), nodes=12)
     lanes = []
     launch = CapturedLane._launch
 
@@ -384,3 +389,44 @@ def test_drafting_never_waits_for_the_device(
         there.draft(buffers)
     stream.close()
     nothing_left(model)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for the CPU")
+@pytest.mark.usefixtures("real_kernels")
+def test_the_kernels_draft_the_same_trees() -> None:
+    """Fused layers and Triton's attention, on a row that fills up the batch, too."""
+    texts = [list(range(1, 40)), [3, 4]]
+    drafter = drafter_of(Beam(3, 3))
+    expected = [proposed(drafter_of(Beam(3, 3)), tuple(text), 8) for text in texts]
+    drafter._cache.target = Target(drafter.model, layers="fused", backend="triton")
+    context = DraftContext(
+        sequences=(1, 2), tokens=tuple(texts), max_depths=(99, 99), seeds=torch.zeros(2).long(),
+        sampler=Sampler(), vocab_size=VOCAB, device=torch.device("cpu"),
+        law=ProposalLaw.DETERMINISTIC, chains=False,
+    )  # fmt: skip
+    drafter.begin([1, 2])
+    there = drafter.on_device(3, 8, torch.device("cpu"))
+    assert there is not None
+    there.load(context)
+    buffers = DraftBuffers(
+        sequences=torch.tensor([1, 2, 0]), text=torch.zeros(3, 64, dtype=torch.int32),
+        lengths=torch.tensor([39, 2, 1]), tokens=torch.zeros(24).long(),
+        parents=torch.zeros(24, dtype=torch.int32), counts=torch.zeros(3, dtype=torch.int32),
+        longest=64, shared=False,
+    )  # fmt: skip
+    for row, text in zip(buffers.text, texts, strict=False):
+        row[: len(text)] = torch.tensor(text)
+    assert there.lagging
+    there.catch_up(buffers.text)
+    assert not there.lagging
+    with there.launching(8, 4), torch.no_grad():
+        there.draft(buffers)
+    there.settle([1, 1])
+    for row, tree in enumerate(expected):
+        own = slice(8 * row, 8 * row + 8)
+        assert (buffers.tokens[own].tolist(), buffers.parents[own].tolist()) == tree
+    drafter.end([1, 2])
+    cache = drafter._target.cache
+    cache.check_integrity()
+    assert not cache.sequences
