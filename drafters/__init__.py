@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 from specdec.drafters.chains import Chains
 from specdec.drafters.draft_model import DraftModel
+from specdec.drafters.growth import Beam
 from specdec.drafters.ngram import NGram
 from specdec.drafting import Drafter, NoDraft
 
 DRAFTERS: dict[str, Callable[[], Drafter]] = {"none": NoDraft, "ngram": NGram}
 
-__all__ = ["DRAFTERS", "Chains", "DraftModel", "NGram", "NoDraft"]
+__all__ = ["DRAFTERS", "Beam", "Chains", "DraftModel", "NGram", "NoDraft"]

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from specdec.drafting import DeviceDrafter, DraftBuffers, Observation, SequenceDrafter
+from specdec.drafting import (
+    DeviceDrafter,
+    DraftBuffers,
+    DraftContext,
+    Observation,
+    SequenceDrafter,
+)
 from specdec.tree import MAX_NODES, TokenTree
 
 
@@ -25,9 +33,13 @@ class Chains(SequenceDrafter):
         self.inner = inner
         self.law = inner.law
 
-    def on_device(self, requests: int, device: torch.device) -> DeviceDrafter | None:
-        inner = self.inner.on_device(requests, device)
+    def on_device(self, requests: int, nodes: int, device: torch.device) -> DeviceDrafter | None:
+        inner = self.inner.on_device(requests, _spare(nodes), device)
         return None if inner is None else _DeviceChains(inner)
+
+    @property
+    def on_host(self) -> str:
+        return f"follows {type(self.inner).__name__}, which {self.inner.on_host}"
 
     def begin(self, sequences: Sequence[int]) -> None:
         self.inner.begin(sequences)
@@ -56,12 +68,33 @@ class _DeviceChains(DeviceDrafter):
     def __init__(self, inner: DeviceDrafter) -> None:
         self.inner, self.max_depth = inner, inner.max_depth
 
+    @property
+    def state(self) -> Hashable:
+        return self.inner.state
+
+    def load(self, context: DraftContext) -> None:
+        self.inner.load(context)
+
+    @property
+    def lagging(self) -> bool:
+        return self.inner.lagging
+
+    def catch_up(self, text: Tensor) -> None:
+        self.inner.catch_up(text)
+
+    @contextmanager
+    def launching(self, nodes: int, most: int) -> Iterator[None]:
+        with self.inner.launching(_spare(nodes) if nodes > 1 else 1, most):
+            yield
+
+    def settle(self, emitted: Sequence[int]) -> None:
+        self.inner.settle(emitted)
+
     def draft(self, buffers: DraftBuffers) -> None:
         requests, nodes = len(buffers.lengths), buffers.nodes
         spare = _spare(nodes)
-        tree = DraftBuffers(
-            text=buffers.text,
-            lengths=buffers.lengths,
+        tree = replace(
+            buffers,
             tokens=buffers.tokens.new_zeros(requests * spare),
             parents=buffers.parents.new_zeros(requests * spare),
             counts=torch.zeros_like(buffers.counts),

@@ -45,7 +45,7 @@ class NGram(SequenceDrafter):
     DECAY: ClassVar[float] = 0.9
     """How much less sure each further token is, even where all votes agree."""
 
-    def on_device(self, requests: int, device: torch.device) -> DeviceDrafter:
+    def on_device(self, requests: int, nodes: int, device: torch.device) -> DeviceDrafter:
         return _DeviceNGram(self, requests, device)
 
     def draft(self, tokens: Sequence[int], nodes: int) -> TokenTree:

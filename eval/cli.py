@@ -44,7 +44,7 @@ def run(
     ] = None,
     tree: Annotated[
         list[str] | None,
-        typer.Option(help="Nodes (16), chain:5, or for a model 4,2,1. Repeatable."),
+        typer.Option(help="Nodes (16), chain:5, or for a model 4,2,1 or beam:8x6. Repeatable."),
     ] = None,
     rule: Annotated[list[str] | None, typer.Option(help="Acceptance rule. Repeatable.")] = None,
     temperature: Annotated[
@@ -176,7 +176,8 @@ def compare(
 def simulate(
     folder: Annotated[Path, typer.Argument(help="Folder of a run.")],
     tree: Annotated[
-        list[str], typer.Option(help="Nodes (16), chain:5, or for a model 4,2,1. Repeatable.")
+        list[str],
+        typer.Option(help="Nodes (16), chain:5, or for a model 4,2,1 or beam:8x6. Repeatable."),
     ],
     drafter: Annotated[
         str, typer.Option(help="ngram, file.py:Name, or a draft model that the run has.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from specdec import models
-from specdec.drafters import DRAFTERS, Chains, DraftModel
+from specdec.drafters import DRAFTERS, Beam, Chains, DraftModel
 from specdec.drafting import Drafter, SequenceDrafter
 from specdec.topology import Topology
+from specdec.tree import MAX_NODES
 
 
 def load_model(name: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
@@ -50,14 +52,14 @@ def make_drafter(
 
     Args:
         drafter: a name in `DRAFTERS`, `file.py:Name`, or a smaller model (name, folder or hub id).
-        tree: a number of nodes; for a model also a shape, `chain:5` or `4,2,1`; for a drafter that
-            looks at one sequence at a time also `chain:5`.
+        tree: a number of nodes; for a model also a shape, `chain:5` or `4,2,1`, or `beam:8x6`; for
+            a drafter that looks at one sequence at a time also `chain:5`.
 
     Raises:
         ValueError: one of them cannot be read, or they do not go together.
     """
     nodes = None if tree is None else node_budget(tree)
-    topology = None if tree is None or tree.isdecimal() else parse_topology(tree)
+    shape = None if tree is None or tree.isdecimal() else parse_shape(tree)
     file, colon, name = drafter.rpartition(":")
     if drafter in DRAFTERS:
         found = DRAFTERS[drafter]()
@@ -65,10 +67,11 @@ def make_drafter(
         found = drafter_from_file(Path(file), name)
     else:
         small, _ = load_model(drafter, str(dtype).removeprefix("torch."), str(device))
-        return DraftModel(small, topology), nodes
-    if topology is None:
+        return DraftModel(small, shape), nodes
+    if shape is None:
         return found, nodes
-    if not isinstance(found, SequenceDrafter) or topology != Topology.chain(len(topology)):
+    chain = isinstance(shape, Topology) and shape == Topology.chain(len(shape))
+    if not isinstance(found, SequenceDrafter) or not chain:
         shapes = " or chain:5" if isinstance(found, SequenceDrafter) else ""
         raise ValueError(f"--tree: {drafter} takes a number of nodes{shapes}, got {tree!r}")
     return Chains(found), nodes
@@ -76,7 +79,26 @@ def make_drafter(
 
 def node_budget(tree: str) -> int:
     """Nodes of `--tree`, the root included."""
-    return int(tree) if tree.isdecimal() else len(parse_topology(tree))
+    if tree.isdecimal():
+        return int(tree)
+    shape = parse_shape(tree)
+    if isinstance(shape, Topology):
+        return len(shape)
+    nodes = tree.split(":")[2:]
+    return int(nodes[0]) if nodes else min(1 + shape.width * shape.depth, MAX_NODES)
+
+
+def parse_shape(text: str) -> Topology | Beam:
+    """What `parse_topology` reads, or `beam:8x6`: 8 nodes of each depth are run, down to depth 6.
+
+    The tree has as many nodes and the root; `beam:8x6:32` has the 32 likeliest, root included.
+    """
+    if not text.startswith("beam:"):
+        return parse_topology(text)
+    found = re.fullmatch(r"beam:(\d+)x(\d+)(?::[1-9]\d*)?", text)
+    if found is None:
+        raise ValueError(f"--tree: expected beam:8x6 or, with its nodes, beam:8x6:32, got {text!r}")
+    return Beam(int(found[1]), int(found[2]))
 
 
 def parse_topology(text: str) -> Topology:

@@ -53,7 +53,7 @@ class Configuration:
     """`none`, `ngram`, `file.py:Name`, a model; or a baseline of transformers: `hf-eager`,
     `hf-compile`, `hf-prompt-lookup`, `hf-assisted:MODEL`."""
     tree: str | None = None
-    """As given: a number of nodes, `chain:5` or `4,2,1`; None for the default."""
+    """As given: a number of nodes, `chain:5`, `4,2,1` or `beam:8x6`; None for the default."""
     nodes: int | None = None
     """The node budget that follows, the root included; None for baselines of transformers."""
     rule: str = "auto"

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specdec
 from specdec import Topology
-from specdec.drafters import DraftModel
+from specdec.drafters import Beam, DraftModel
 from specdec.testing import degraded
 
 PROMPT = "List the days of the week, then list them again in reverse order."
@@ -31,6 +31,7 @@ drafters = {
     # A stand-in for a small model: as slow as the target, but wrong in places.
     "model, chain": DraftModel(degraded(model, bits=5), Topology.chain(6)),
     "model, tree": DraftModel(degraded(model, bits=5), Topology.branching([3, 1, 1])),
+    "model, likeliest paths": DraftModel(degraded(model, bits=5), Beam(width=4, depth=5)),
 }
 table = Table("drafter", "steps", "tokens per step", "acceptance by depth")
 texts = set()

@@ -38,5 +38,32 @@ def chain_words(nodes: Tensor, count: int) -> Tensor:
     """
     first = torch.arange(0, count, WORD_BITS, device=nodes.device)
     bits = (nodes[:, None] - first + 1).clamp(0, WORD_BITS)
-    words = (1 << bits) - 1  # in 64 bits; the top one is the sign in 32
+    return signed_words((1 << bits) - 1)
+
+
+def tree_words(parents: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """Depths and ancestors of the nodes of many trees, worked out on the device.
+
+    Args:
+        parents: [B, N] int64 of each tree, -1 for roots.
+        depth: of the deepest node, at most.
+
+    Returns:
+        [B, N] int64 depths, and [B, N, ceil(N / 32)] int32 words.
+    """
+    nodes = parents.shape[1]
+    word = torch.arange(-(-nodes // WORD_BITS), device=parents.device)
+    up = torch.arange(nodes, device=parents.device).expand_as(parents)
+    depths = torch.zeros_like(parents)
+    words = torch.zeros_like(parents)[:, :, None]
+    for _ in range(depth + 1):
+        here = (up >= 0)[:, :, None] & (up[:, :, None] // WORD_BITS == word)
+        words = words + (1 << up[:, :, None] % WORD_BITS).where(here, 0)
+        up = parents.gather(1, up.clamp_min(0)).where(up >= 0, -1)
+        depths = depths + (up >= 0)
+    return depths, signed_words(words)
+
+
+def signed_words(words: Tensor) -> Tensor:
+    """Words of 32 bits as int32, given in int64: the top bit is the sign there."""
     return (words - ((words >> (WORD_BITS - 1)) << WORD_BITS)).int()

@@ -25,6 +25,7 @@ from specdec.cache import Speculation
 from specdec.drafting import DeviceDrafter, DraftBuffers, Drafter, RootsOnly
 from specdec.graphs import capture, shared_memory
 from specdec.transfer import upload
+from specdec.tree import ProposalLaw
 from specdec.verify import AcceptanceRule, DeviceChoice
 
 if TYPE_CHECKING:
@@ -129,11 +130,14 @@ class Step:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.trees = DraftBuffers(
+            sequences=texts.sequences,
             text=texts.tokens,
             lengths=texts.lengths,
             tokens=zeros(rows),
             parents=zeros(rows, dtype=torch.int32),
             counts=zeros(count, dtype=torch.int32) + 1,
+            longest=longest,
+            shared=shared,
         )
         self.trees.parents.view(count, nodes)[:, 0] = -1
         self.nodes = torch.arange(nodes, device=device).repeat(count)
@@ -232,6 +236,7 @@ class Graph:
 
     step: Step
     policy: Policy  # kept alive: graphs are found by what it is made of
+    state: Hashable  # of the drafter, when the step was made
     graph: torch.cuda.CUDAGraph | None = None
     warm: bool = False
     seconds: float | None = None  # of a replay
@@ -251,6 +256,8 @@ class StepGraphs:
     target: Target
     _texts: dict[int, Texts] = field(default_factory=dict)
     _graphs: dict[Hashable, Graph] = field(default_factory=dict)
+    _drafters: dict[Hashable, tuple[Policy, DeviceDrafter]] = field(default_factory=dict)
+    _plain: DeviceDrafter = field(default_factory=RootsOnly)
     _budgets: dict[Hashable, tuple[Drafter, NodeBudget]] = field(default_factory=dict)
     _places: Hashable = None  # where the tensors that the graphs refer to lie
 
@@ -269,26 +276,47 @@ class StepGraphs:
         found.owner = None
         return found
 
-    def graph(self, texts: Texts, policy: Policy, nodes: int, longest: int, shared: bool) -> Graph:
+    def drafter(self, texts: Texts, policy: Policy) -> DeviceDrafter:
+        """What drafts for some texts, in steps of all sizes."""
+        count = len(texts.lengths)
+        if policy.nodes == 1:
+            return self._plain
+        key = count, _same(policy.drafter), policy.nodes
+        if key not in self._drafters:
+            made = policy.drafter.on_device(count, policy.nodes, self.target.device)
+            assert made is not None
+            self._drafters[key] = policy, made
+            while len(self._drafters) > MOST:
+                del self._drafters[next(iter(self._drafters))]
+        return self._drafters[key][1]
+
+    def graph(
+        self,
+        texts: Texts,
+        policy: Policy,
+        drafter: DeviceDrafter,
+        nodes: int,
+        longest: int,
+        shared: bool,
+    ) -> Graph:
         """The graph for such a step, which may still be empty."""
+        drafter = drafter if nodes > 1 else self._plain
         places = self.target.places
         if places != self._places:  # the old graphs would write to memory that is others' now
             self._graphs.clear()
             self._places = places
         longest = max(SHORTEST, 1 << (longest - 1).bit_length())
-        count, device = len(texts.lengths), self.target.device
         # What all requests with such options have in common, not the policy of one call.
         how = _same(policy.drafter) if nodes > 1 else None, _settings(policy.rule)
+        count = len(texts.lengths)
         key = (count, how, policy.sampler.settings, nodes, policy.nodes, longest, shared)
-        if key not in self._graphs:
-            drafter = policy.drafter.on_device(count, device) if nodes > 1 else None
+        found, state = self._graphs.get(key), drafter.state
+        if found is None or found.step.drafter is not drafter or found.state != state:
             choice = policy.rule.on_device(policy.sampler)
             assert choice is not None
             words = 1 << ((policy.nodes + 31) // 32 - 1).bit_length()
-            step = Step(
-                self.target, texts, drafter or RootsOnly(), choice, nodes, words, longest, shared
-            )
-            self._graphs[key] = Graph(step, policy)
+            step = Step(self.target, texts, drafter, choice, nodes, words, longest, shared)
+            self._graphs[key] = Graph(step, policy, state)
             while len(self._graphs) > MOST:
                 del self._graphs[next(iter(self._graphs))]
         return self._graphs[key]
@@ -351,6 +379,7 @@ class CapturedLane:
         self._flights: deque[Flight] = deque()
         self._landed: deque[list[Report]] = deque()
         self._texts: Texts | None = None
+        self._drafter: DeviceDrafter | None = None
         self._last: torch.cuda.Event | None = None  # when the step that was read last was over
         self.gap = 0.0
         """Seconds before the step read last in which the device had nothing to do."""
@@ -377,10 +406,12 @@ class CapturedLane:
             self._texts = self.graphs.texts(len(lane.requests), longest)
             self._texts.load(lane)
             self._texts.owner = weakref.ref(self)
+            self._drafter = self.graphs.drafter(self._texts, lane.policy)
+            self._drafter.load(lane.context(self.graphs.target))
             self._launch()
         if any(self._left(request) > len(self._flights) for request in self.lane.requests):
             self._launch()
-        return self._read()
+        return self._landed.popleft() if self._landed else self._read()
 
     @staticmethod
     def _left(request: Request) -> int:
@@ -389,11 +420,14 @@ class CapturedLane:
 
     def land(self) -> None:
         """Reads what is in flight, and leaves the device to others."""
-        while self._flights:
-            self._landed.append(self._read())
+        self._read_all()
         if self._texts is not None:
             self._texts.owner = None
             self._texts = None
+
+    def _read_all(self) -> None:
+        while self._flights:
+            self._landed.append(self._read())
 
     @property
     def landed(self) -> list[list[Report]]:
@@ -404,20 +438,28 @@ class CapturedLane:
 
     def _launch(self) -> None:
         assert self._texts is not None
-        cache, policy = self.graphs.target.cache, self.lane.policy
+        assert self._drafter is not None
+        drafter, cache, policy = self._drafter, self.graphs.target.cache, self.lane.policy
         longest = max(map(cache.length_bound, self.lane.sequences)) + policy.nodes
 
         def graph(nodes: int) -> Graph:
             assert self._texts is not None
-            return self.graphs.graph(self._texts, policy, nodes, longest, self._shared)
+            return self.graphs.graph(self._texts, policy, drafter, nodes, longest, self._shared)
 
         nodes = self.budget.choose(lambda size: graph(size).seconds)
-        with cache.speculate(self.lane.sequences, [nodes] * len(self.lane.sequences)) as lease:
+        if nodes > 1 and drafter.lagging:
+            self._read_all()
+            drafter.catch_up(self._texts.tokens)
+        path = graph(nodes).step.path
+        with (
+            cache.speculate(self.lane.sequences, [nodes] * len(self.lane.sequences)) as lease,
+            drafter.launching(nodes, path),
+        ):
             chosen = graph(nodes)  # not before: making room may move what graphs refer to
             begun = _event(cache.device)
             tells = self.graphs.launch(chosen)
             numbers, done = _to_host(chosen.step.report)
-            lease.committed(chosen.step.path)
+            lease.committed(path)
         self._flights.append(Flight(chosen, lease, numbers, begun if tells else None, done))
 
     def _read(self) -> list[Report]:
@@ -432,7 +474,10 @@ class CapturedLane:
             self._last = flight.done
         step = flight.graph.step
         reports = step.read(flight.numbers.tolist())[: len(self.lane.requests)]
-        flight.lease.settle([len(report.tokens) for report in reports])
+        emitted = [len(report.tokens) for report in reports]
+        flight.lease.settle(emitted)
+        assert self._drafter is not None
+        self._drafter.settle(emitted)
         self.budget.learn(step.trees.nodes, [r.path for r in reports if r.tokens])
         return reports
 
@@ -477,6 +522,8 @@ def grounded(target: Target, lane: Lane) -> str | None:
         return "an observer looks at every step"
     if target.layers_of(policy.drafter) is not None:
         return f"{type(policy.drafter).__name__} has layers of its own"
-    if policy.drafter.on_device(1, target.device) is None:
-        return f"{type(policy.drafter).__name__} drafts on the host"
+    if policy.law != ProposalLaw.DETERMINISTIC:
+        return f"{type(policy.drafter).__name__} draws its drafts"
+    if policy.drafter.on_device(1, policy.nodes, target.device) is None:
+        return f"{type(policy.drafter).__name__} {policy.drafter.on_host}"
     return None

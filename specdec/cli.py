@@ -216,7 +216,7 @@ def verify_lossless_command(
         str, typer.Option(help="ngram, none, or a smaller model (name, folder or hub id).")
     ] = "ngram",
     tree: Annotated[
-        str | None, typer.Option(help="Nodes, or for a model a shape: chain:5, 4,2,1.")
+        str | None, typer.Option(help="Nodes, or for a model a shape: chain:5, 4,2,1, beam:8x6.")
     ] = None,
     rule: Annotated[str, typer.Option(help="The rule to test.")] = "auto",
     samples: Annotated[int, typer.Option(min=1)] = 1000,

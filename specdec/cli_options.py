@@ -13,7 +13,7 @@ DrafterOption = Annotated[
     str, typer.Option(help="ngram, none, or a smaller model (name, folder or hub id).")
 ]
 TreeOption = Annotated[
-    str | None, typer.Option(help="Nodes (16) or, for a model, a shape: chain:5, 4,2,1.")
+    str | None, typer.Option(help="Nodes (16) or, for a model, a shape: chain:5, 4,2,1, beam:8x6.")
 ]
 RuleOption = Annotated[
     str, typer.Option(help="auto, traversal, block, ...; see docs/verification.md.")

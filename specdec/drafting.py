@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -83,11 +84,14 @@ class DraftBuffers:
     Letters: B requests, T room for a text, N nodes of a tree, R = B * N rows.
     """
 
+    sequences: Tensor  # [B] int64, in the target's cache; 0 for texts that are over, or none
     text: Tensor  # [B, T] int32
     lengths: Tensor  # [B] int64, tokens of each text; the last one is the root
     tokens: Tensor  # [R] int64, to be filled, fillers too
     parents: Tensor  # [R] int32, to be filled: index in the own tree, -1 for roots, 0 for fillers
     counts: Tensor  # [B] int32, to be filled: nodes of each tree that are not fillers
+    longest: int  # no text has more tokens
+    shared: bool  # whether some texts may begin alike
 
     @property
     def nodes(self) -> int:
@@ -96,10 +100,15 @@ class DraftBuffers:
 
 
 class DeviceDrafter(ABC):
-    """The part of a drafter that runs inside a captured step, for B requests.
+    """The part of a drafter that runs inside captured steps, for B requests.
 
-    `draft` only launches work on the current stream: it reads and writes device tensors that stay
-    where they are, allocates nothing that outlives it, and never asks the device for a number.
+    One object serves steps with trees of all sizes. `draft` only launches work on the current
+    stream: it reads and writes device tensors that stay where they are, allocates nothing that
+    outlives it, and never asks the device for a number. The first run of a step is not captured.
+
+    A drafter that keeps something for every text overrides the rest, too. The host calls `load`
+    when it puts texts on the device, then `launching` around every step, and `settle` for every
+    step in the same order, one or two steps later.
     """
 
     max_depth: int
@@ -108,6 +117,42 @@ class DeviceDrafter(ABC):
     @abstractmethod
     def draft(self, buffers: DraftBuffers) -> None:
         """Fills in a tree for each text."""
+
+    @property
+    def state(self) -> Hashable:
+        """What captured steps depend on besides the buffers: they are made anew if it changes."""
+        return None
+
+    def load(self, context: DraftContext) -> None:  # noqa: B027 - optional
+        """Other texts, at most B, take the place of those before; no step is in flight."""
+
+    @property
+    def lagging(self) -> bool:
+        """Whether a step with drafts needs `catch_up` first, as it may after steps without."""
+        return False
+
+    def catch_up(self, text: Tensor) -> None:  # noqa: B027 - optional
+        """Takes in what the texts, [B, T] int32, have become; no step is in flight.
+
+        Raises:
+            OutOfPages: of a cache of its own; nothing was done.
+        """
+
+    @contextmanager
+    def launching(self, nodes: int, most: int) -> Iterator[None]:
+        """Surrounds the launch of a step, and makes room for it.
+
+        Args:
+            nodes: of the trees; 1 for a step that does not ask for drafts.
+            most: tokens that the step gives a text, at most.
+
+        Raises:
+            OutOfPages: of a cache of its own; nothing is launched.
+        """
+        yield
+
+    def settle(self, emitted: Sequence[int]) -> None:  # noqa: B027 - optional
+        """Learns how many tokens the oldest step in flight gave to each text."""
 
 
 class Drafter(ABC):
@@ -127,12 +172,22 @@ class Drafter(ABC):
         """The laws that a rule may ask for in `DraftContext.law`."""
         return frozenset({self.law})
 
-    def on_device(self, requests: int, device: torch.device) -> DeviceDrafter | None:
-        """Itself as a part of captured steps over so many requests; None if it needs the host.
+    def on_device(self, requests: int, nodes: int, device: torch.device) -> DeviceDrafter | None:
+        """Itself as a part of captured steps; None if it needs the host.
 
         In captured steps neither `propose` nor `observe` is called.
+
+        Args:
+            requests: B, of the steps.
+            nodes: of the largest tree that they ask for, the root included.
+            device: of the target.
         """
         return None
+
+    @property
+    def on_host(self) -> str:
+        """Why `on_device` gives None, said of itself."""
+        return "drafts on the host"
 
     def layer_shapes(self, target: Target) -> Sequence[LayerShape]:
         """Layers of its own that it keeps in the pages of a target's cache; none by default.
@@ -206,7 +261,7 @@ class RootsOnly(DeviceDrafter):
 class NoDraft(Drafter):
     """Proposes nothing: plain decoding, the baseline, in the same loop."""
 
-    def on_device(self, requests: int, device: torch.device) -> DeviceDrafter:
+    def on_device(self, requests: int, nodes: int, device: torch.device) -> DeviceDrafter:
         return RootsOnly()
 
     def propose(self, context: DraftContext, nodes: int) -> TreeBatch:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specdec.batch import TreeBatch
 from specdec.captured import CapturedLane, Report, grounded
-from specdec.drafting import DraftContext, Filling, Observation, OwnCache
+from specdec.drafting import Filling, Observation
 from specdec.fused import FusedModel
 from specdec.judge import Judgement, judge
 from specdec.load import Lane, Load, Verdict, read, stacked
@@ -370,25 +370,11 @@ class Engine:
             tuple(request.sequence for request in requests),
             upload([request.seed for request in requests], device),
             upload([request.max_length - 1 for request in requests], device),
+            tuple(r.cache_key for r in requests) if self.scheduler.prefix_cache else None,
         )
 
     def _propose(self, lane: Lane) -> TreeBatch:
-        keys = tuple(request.cache_key for request in lane.requests)
-        layers = self.target.layers_of(lane.policy.drafter)
-        own = None if layers is None else OwnCache(layers, self.target.cache, lane.sequences)
-        context = DraftContext(
-            sequences=lane.numbers,
-            tokens=tuple(request.tokens for request in lane.requests),
-            max_depths=tuple(max(0, r.max_length - len(r.tokens) - 1) for r in lane.requests),
-            seeds=lane.seeds,
-            sampler=lane.policy.sampler,
-            vocab_size=self.target.vocab_size,
-            device=self.target.device,
-            law=lane.policy.law,
-            chains=lane.policy.rule.chains,
-            cache_keys=keys if self.scheduler.prefix_cache else None,
-            own=own,
-        )
+        context = lane.context(self.target)
         trees = lane.policy.drafter.propose(context, lane.policy.nodes)
         self._check(lane.policy, trees, len(lane.requests))
         return trees

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,10 +13,14 @@ from torch import Tensor
 from specdec.attention import AttentionPlan
 from specdec.batch import TreeBatch
 from specdec.bits import chain_words
+from specdec.drafting import DraftContext, OwnCache
 from specdec.judge import Judgement
 from specdec.request import Policy, Request
 from specdec.speculation import Speculation
 from specdec.transfer import upload
+
+if TYPE_CHECKING:
+    from specdec.target import Target
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,24 @@ class Lane:
     sequences: tuple[int, ...]
     seeds: Tensor  # [B] int64
     last_positions: Tensor  # [B] int64
+    cache_keys: tuple[Hashable, ...] | None  # who may share K and V; None: nobody
+
+    def context(self, target: Target) -> DraftContext:
+        """What its drafter may look at now."""
+        layers = target.layers_of(self.policy.drafter)
+        return DraftContext(
+            sequences=self.numbers,
+            tokens=tuple(request.tokens for request in self.requests),
+            max_depths=tuple(max(0, r.max_length - len(r.tokens) - 1) for r in self.requests),
+            seeds=self.seeds,
+            sampler=self.policy.sampler,
+            vocab_size=target.vocab_size,
+            device=target.device,
+            law=self.policy.law,
+            chains=self.policy.rule.chains,
+            cache_keys=self.cache_keys,
+            own=None if layers is None else OwnCache(layers, target.cache, self.sequences),
+        )
 
 
 @dataclass(frozen=True)

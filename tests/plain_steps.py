@@ -125,7 +125,9 @@ def draft(
 ) -> None:
     fill(
         NGram(max_ngram, max_depth, places.shape[1]),
-        DraftBuffers(text, lengths, tokens, parents, counts),
+        DraftBuffers(
+            torch.ones_like(lengths), text, lengths, tokens, parents, counts, text.shape[1], False
+        ),
     )
 
 
@@ -151,7 +153,7 @@ class OnDevice(SequenceDrafter):
     def draft(self, tokens: Sequence[int], nodes: int) -> TokenTree:
         return self._drafter.draft(tokens, nodes)
 
-    def on_device(self, requests: int, device: torch.device) -> DeviceDrafter:
+    def on_device(self, requests: int, nodes: int, device: torch.device) -> DeviceDrafter:
         return _Filled(self._drafter)
 
 

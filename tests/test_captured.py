@@ -299,7 +299,7 @@ def test_what_is_launched_was_looked_up_after_room_was_made(
 
     def watched(self: Any, graph: Any) -> bool:
         seen.add(self._places)
-        assert self._places == self._where()
+        assert self._places == self.target.places
         assert graph in self._graphs.values()
         return bool(launch(self, graph))
 

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 import specdec
+from specdec import DraftContext, ProposalLaw, Topology
 from specdec.captured import CapturedLane
+from specdec.drafters import Beam, DraftModel
+from specdec.drafters.device_draft import DeviceDraftModel
 from specdec.fused import FAMILIES
+from specdec.sampling import Sampler
 from specdec.testing import TINY, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -22,6 +26,20 @@ NEW = 48
 def model_of(name: str = "Llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     model: Any = tiny_model(name, **{"max_position_embeddings": 4096, **changes})
     return model.to("cuda", dtype)
+
+
+SHAPES = [None, Topology.branching([3, 2, 1]), Beam(4, 4), Beam(16, 3)]
+
+
+def draft_of(shape: Any, dtype: torch.dtype = torch.float32) -> DraftModel:
+    """A model that often says what `model_of()` says."""
+    model = model_of(dtype=dtype)
+    generator = torch.Generator("cuda").manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            noise = torch.randn(weight.shape, generator=generator, device="cuda", dtype=dtype)
+            weight.add_(0.1 * weight.std() * noise)
+    return DraftModel(model, shape)
 
 
 def texts(count: int = 1, length: int = 24) -> Tensor:
@@ -56,17 +74,22 @@ def test_tokens_are_those_of_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("drafter", ["ngram", "beam"])
 def test_a_replay_gives_what_its_steps_give_one_by_one(
-    dtype: torch.dtype, do_sample: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, do_sample: bool, drafter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same launches, replayed or not: to the same bits, in every dtype."""
     model, ids = model_of(dtype=dtype), texts(3)
     options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": do_sample, "seed": 3}
-    wrapped: Any = specdec.wrap(model, nodes=17, adaptive=False)
+
+    def chosen() -> Any:
+        return draft_of(Beam(4, 4), dtype) if drafter == "beam" else drafter
+
+    wrapped: Any = specdec.wrap(model, chosen(), nodes=17, adaptive=False)
     replayed = wrapped.generate(ids, **options)
     assert wrapped._driven().graphs.captured
     monkeypatch.setattr(specdec.captured.StepGraphs, "launch", lambda _, graph: graph.step.run())
-    single: Any = specdec.wrap(model, nodes=17, adaptive=False)
+    single: Any = specdec.wrap(model, chosen(), nodes=17, adaptive=False)
     assert torch.equal(single.generate(ids, **options), replayed)
     assert not single._driven().graphs.captured
 
@@ -90,9 +113,68 @@ def test_tokens_differ_from_uncaptured_ones_at_near_ties_only(dtype: torch.dtype
         assert gap < (1e-4 if dtype is torch.float32 else 2**-5 * float(scores.abs().max()))
 
 
-@pytest.mark.parametrize("nodes", [1, 17])
-def test_a_step_is_launched_without_waiting_for_the_device(nodes: int) -> None:
-    wrapped: Any = specdec.wrap(model_of(), nodes=nodes, adaptive=False)
+@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_draft_model_drafts_inside_the_graph(shape: Any, adaptive: bool) -> None:
+    model, drafter = model_of(), draft_of(shape)
+    wrapped: Any = specdec.wrap(model, drafter, nodes=17, adaptive=adaptive)
+    options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
+    for count, length in ((1, 24), (3, 40), (1, 700)):  # all its tensors move
+        ids = texts(count, length)
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        for _ in range(2):
+            out = wrapped.generate(ids, return_dict_in_generate=True, **options)
+            assert set(out.stats.paths) <= {"captured", "prompts are computed"}, out.stats.paths
+            assert torch.equal(out.sequences, expected)
+            assert adaptive or out.stats.accepted > 0
+        drafting = [
+            graph
+            for graph in wrapped._driven().graphs.captured
+            if isinstance(graph.step.drafter, DeviceDraftModel)
+        ]
+        assert adaptive or drafting, "small models may do better without"
+        for cache in (wrapped.cache, drafter._target.cache):
+            cache.check_integrity()
+    sampling: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": True, "seed": 3}
+    plain: Any = specdec.wrap(model, "none")
+    assert torch.equal(wrapped.generate(ids, **sampling), plain.generate(ids, **sampling))
+
+
+def test_trees_of_a_replay_are_those_of_the_host_path() -> None:
+    drafter = draft_of(Beam(4, 4))
+    wrapped: Any = specdec.wrap(model_of(), drafter, nodes=17, adaptive=False)
+    lane, engine = steps_of(wrapped, texts(3), 17)
+    lane.land()
+    (graph,) = wrapped._driven().graphs.captured
+    buffers = graph.step.trees
+    got = buffers.tokens.view(-1, 17), buffers.parents.view(-1, 17)
+    # The step that was replayed last began before what it gave.
+    given = [len(report.tokens) for report in lane._landed[-1]]
+    known = buffers.lengths.tolist()
+    for row in range(3):
+        text = buffers.text[row, : known[row] - given[row]].tolist()
+        context = DraftContext(
+            sequences=(-1,), tokens=(text,), max_depths=(99,), seeds=torch.zeros(1).long(),
+            sampler=Sampler(), vocab_size=VOCAB, device=got[0].device,
+            law=ProposalLaw.DETERMINISTIC, chains=False,
+        )  # fmt: skip
+        with torch.no_grad():
+            drafter.begin([-1])
+            tree = drafter.propose(context, 17)
+            drafter.end([-1])
+        assert int(got[0][row, 0]) == text[-1]
+        assert torch.equal(tree.tokens, got[0][row])
+        assert torch.equal(tree.parents, got[1][row].long())
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("drafter", "nodes"), [("ngram", 1), ("ngram", 17), ("model", 17), ("beam", 17)]
+)
+def test_a_step_is_launched_without_waiting_for_the_device(drafter: str, nodes: int) -> None:
+    drafters = {"model": None, "beam": Beam(4, 4)}
+    chosen: Any = draft_of(drafters[drafter]) if drafter in drafters else drafter
+    wrapped: Any = specdec.wrap(model_of(), chosen, nodes=nodes, adaptive=False)
     lane, engine = steps_of(wrapped, texts(2), nodes)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -39,7 +39,7 @@ def test_a_captured_step_drafts_the_chains_of_the_host(nodes: int) -> None:
     pytest.importorskip("triton")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     drafter = Chains(NGram())
-    there = drafter.on_device(len(TEXTS), device)
+    there = drafter.on_device(len(TEXTS), nodes, device)
     assert there is not None
     rows = len(TEXTS) * nodes
 
@@ -47,11 +47,14 @@ def test_a_captured_step_drafts_the_chains_of_the_host(nodes: int) -> None:
         return torch.full((rows,), 99, dtype=torch.int32, device=device)
 
     buffers = DraftBuffers(
+        sequences=torch.ones(len(TEXTS), dtype=torch.int64, device=device),
         text=torch.tensor(TEXTS, dtype=torch.int32, device=device),
         lengths=torch.tensor([len(text) for text in TEXTS], device=device),
         tokens=empty().long(),
         parents=empty(),
         counts=empty()[: len(TEXTS)],
+        longest=64,
+        shared=False,
     )
     there.draft(buffers)
     for row, text in enumerate(TEXTS):

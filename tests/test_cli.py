@@ -104,6 +104,14 @@ def test_debug_cache_draws_the_prefix_tree(tmp_path: Path) -> None:
     ("args", "message"),
     [
         (["--tree", "many"], "--tree: expected a number of nodes, chain:5 or 4,2,1, got 'many'"),
+        (
+            ["--tree", "beam:3"],
+            "--tree: expected beam:8x6 or, with its nodes, beam:8x6:32, got 'beam:3'",
+        ),
+        (
+            ["--tree", "beam:3x2"],
+            "--tree: ngram takes a number of nodes or chain:5, got 'beam:3x2'",
+        ),
         (["--tree", "4,2"], "--tree: ngram takes a number of nodes or chain:5, got '4,2'"),
         (["--rule", "hope"], "rule: expected auto"),
         (["--dtype", "float99"], "dtype: expected a torch dtype"),

@@ -11,9 +11,10 @@ import torch
 
 import specdec
 from specdec.batch import TreeBatch
-from specdec.drafters import DraftModel
+from specdec.drafters import Beam, DraftModel
 from specdec.eval.compare import compare
 from specdec.eval.cost import StepCost, measure_step
+from specdec.eval.loading import node_budget, parse_shape
 from specdec.eval.lossless import Tally, judge, load_questions
 from specdec.eval.rules import expected_lengths
 from specdec.eval.verify_lossless import verify_lossless
@@ -24,6 +25,20 @@ from specdec.testing import TINY, RandomDrafter, degraded, tiny_model
 from specdec.topology import Topology
 from specdec.tree import ProposalLaw, TokenTree
 from specdec.verify import Noise
+
+
+@pytest.mark.parametrize(
+    ("tree", "shape", "nodes"),
+    [
+        ("chain:5", Topology.chain(5), 5),
+        ("3,2", Topology.branching([3, 2]), 10),
+        ("beam:8x6", Beam(8, 6), 49),
+        ("beam:8x6:32", Beam(8, 6), 32),
+    ],
+)
+def test_shapes_are_read_from_the_command_line(tree: str, shape: object, nodes: int) -> None:
+    assert parse_shape(tree) == shape
+    assert node_budget(tree) == nodes
 
 
 def test_the_budget_follows_the_cost_of_rows() -> None:

@@ -25,7 +25,7 @@ FACTOR, VOCABULARY = 7919, 30011
 class Synthetic(Drafter):
     """Trees of a chain and, for the rest of their nodes, further children of the root."""
 
-    def on_device(self, requests: int, device: torch.device) -> DeviceDrafter:
+    def on_device(self, requests: int, nodes: int, device: torch.device) -> DeviceDrafter:
         return _OnDevice()
 
     def propose(self, context: DraftContext, nodes: int) -> TreeBatch:
