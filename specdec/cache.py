@@ -28,6 +28,10 @@ from specdec.prefix_tree import PrefixTree
 from specdec.speculation import NULL_SEQUENCE, SequenceState, Speculation
 from specdec.transfer import upload
 
+FIRST_TABLE = 64, 128
+"""Sequences, and pages of each, that a GPU has a table for at first. CUDA graphs refer to the table
+where it lies, so it should seldom grow."""
+
 
 @dataclass(frozen=True)
 class CacheUsage:
@@ -61,8 +65,11 @@ class TreeKVCache:
         self.pool = pool
         self.prefixes = PrefixTree(pool, max_cached_bytes)
         self.device = torch.device(device)
-        self.lengths = torch.zeros(1, dtype=torch.int64, device=self.device)  # [S], by sequence
-        self.page_table = torch.full((1, 1), TRASH_PAGE, dtype=torch.int64, device=self.device)
+        sequences, pages = FIRST_TABLE if self.device.type == "cuda" else (1, 1)
+        self.lengths = torch.zeros(sequences, dtype=torch.int64, device=self.device)  # [S]
+        self.page_table = torch.full(
+            (sequences, pages), TRASH_PAGE, dtype=torch.int64, device=self.device
+        )
         self._sequences: dict[int, SequenceState] = {}
 
     @property

@@ -336,6 +336,10 @@ class StepGraphs:
                 del self._budgets[next(iter(self._budgets))]
         return self._budgets[key][1]
 
+    def forget_budgets(self) -> None:
+        """Forgets what trees gave, when it was no real text that they were drafted for."""
+        self._budgets.clear()
+
     def launch(self, graph: Graph) -> bool:
         """Runs a step, and says whether how long it takes means anything.
 

@@ -15,6 +15,8 @@ from specdec.transfer import upload
 
 TRASH_PAGE = 0
 """Rows that belong to no sequence write here. Nothing ever reads it for a real row."""
+FIRST_SHARE = 128
+"""The part of a GPU's memory that the first pages take, as its inverse."""
 
 
 class OutOfPages(RuntimeError):
@@ -201,9 +203,12 @@ class PagePool:
         return pages
 
     def _grow(self, need: int) -> None:
-        """Adds pages until `need` are free, and half as many again if the limit allows."""
+        """Adds pages until `need` are free, and half as many again if the limit allows.
+
+        CUDA graphs refer to the pages where they lie, so on a GPU the first ones are many.
+        """
         missing = need - self.num_free
-        extra = max(missing, self.num_pages // 2)
+        extra = max(missing, self.num_pages // 2, self._worthwhile)
         if self.max_pages is not None:
             room = self.max_pages - self.num_pages
             if room < missing:
@@ -218,6 +223,15 @@ class PagePool:
         first = len(self._references)
         free = sorted([*self._free, *range(first, first + extra)])  # a sorted list is a heap
         self._references, self._free = [*self._references, *[0] * extra], free
+
+    @property
+    def _worthwhile(self) -> int:
+        """Pages that a GPU has room for without anybody noticing."""
+        device = self.groups[0].shape.device
+        if device.type != "cuda":
+            return 0
+        free, total = torch.cuda.mem_get_info(device)
+        return min(total // FIRST_SHARE, free // 8) // self.page_bytes
 
     def expect(self, count: int) -> None:
         """Grows now if `count` pages would make it grow later, as far as it may.

@@ -42,6 +42,7 @@ from specdec.support import causal_model, check_length
 from specdec.target import Layers, Target
 from specdec.tree import MAX_NODES
 from specdec.verify import AcceptanceRule
+from specdec.warmup import warm_up
 
 FLUENT = {"apply", "eval", "requires_grad_", "to", "train", "type", "cpu", "cuda"} | {
     "bfloat16",
@@ -321,6 +322,19 @@ class SpeculativeModel:
     def cache(self) -> TreeKVCache:
         """The model's paged cache."""
         return self._driven().cache
+
+    def warm_up(self, requests: int = 1, *, progress: bool = True) -> None:
+        """Does now what the first calls would take longer for: compiles kernels, captures steps.
+
+        That is for greedy decoding with the drafter, rule and node budget that are set now; other
+        sampling options, batches and prefixes beyond 1,024 tokens are captured when they come.
+
+        Args:
+            requests: that will decode at once.
+            progress: show a bar on standard error.
+        """
+        check_count("requests", requests)
+        warm_up(self, requests=requests, progress=progress)
 
     def without_drafts(self) -> SpeculativeModel:
         """The same model in the same loop with an empty tree: the baseline to compare with."""

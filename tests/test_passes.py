@@ -106,6 +106,21 @@ def test_a_new_place_for_the_cache_makes_new_passes(target: Target) -> None:
         target.cache.release(sequence)
 
 
+def test_warming_up_leaves_nothing_but_passes_and_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    model: Any = specdec.wrap(model_here(), "ngram", layers="fused", nodes=16)
+    model.warm_up(progress=False)
+    driven = model._driven()
+    assert {size.rows for size in driven.passes._passes} == set(ROWS)
+    assert {graph.step.trees.nodes for graph in driven.graphs._graphs.values()} == {1, 8, 16}
+    assert not driven.graphs._budgets
+    assert model.prefix_cache
+    assert not model.cache.sequences
+    assert model.cache.pool.num_free == model.cache.pool.num_pages
+    assert not capsys.readouterr().err
+    with pytest.raises(ValueError, match="requests"):
+        model.warm_up(0)
+
+
 @pytest.mark.gpu
 def test_prompts_and_trees_from_the_host_are_replayed() -> None:
     hf_model = model_here()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from specdec.captured import Graph
 from specdec.eval.attention.bench import provenance
@@ -35,6 +36,8 @@ PARTS = {
 
 CONTEXT = 1024
 """Tokens before the steps that are taken apart."""
+TRACED = 8
+"""Steps of a trace."""
 
 
 @dataclass
@@ -60,7 +63,7 @@ class ArmResult:
     what: str
     synthetic: bool = False
     start_seconds: float = math.nan
-    """Of the first call: compilation, capture and all."""
+    """Until the first call is over: compilation, capture and all."""
     runs: list[Timed] = field(default_factory=list)
     gap_us: float | None = None
     """Time between two captured steps in which the GPU had nothing to do."""
@@ -123,6 +126,7 @@ def run(
     new_tokens: int,
     copy_tbps: float,
     after_arm: Callable[[Result], None] = lambda _: None,
+    traces: Path | None = None,
 ) -> Result:
     """Runs the arms one after another, each on all prompts after two calls of warm-up.
 
@@ -130,6 +134,7 @@ def run(
         prompts: names and ids [1, L] on the device.
         copy_tbps: bandwidth that the weights can be read with.
         after_arm: called with what there is so far.
+        traces: folder for a trace of some steps of each of our arms, as Perfetto shows it.
     """
     device = prompts[0][1].device
     bytes_ = subject.weight_bytes
@@ -154,6 +159,8 @@ def run(
         if arm.wrapped is not None and found.error is None:
             pool = arm.wrapped.cache.pool
             found.pool_bytes = pool.page_bytes * (pool.num_pages + 1)
+            if traces is not None:
+                _trace(arm, _context(prompts), traces / f"{arm.name}_trace.json.gz")
             for step in _steps(arm, _context(prompts)):
                 if step.nodes not in {s.nodes for s in result.steps}:
                     result.steps.append(step)
@@ -170,6 +177,8 @@ def _measure(
     texts: dict[str, list[int]],
 ) -> None:
     begin = time.perf_counter()
+    if arm.wrapped is not None:
+        arm.wrapped.warm_up(progress=False)
     _timed(arm, prompts[0][1], 8)
     found.start_seconds = time.perf_counter() - begin
     _timed(arm, prompts[-1][1], new_tokens)
@@ -220,6 +229,20 @@ def _steps(arm: Arm, prompt: Tensor) -> list[StepResult]:
     found = [_take_apart(nodes, graph) for nodes, graph in sorted(latest.items())]
     stream.close()  # type: ignore[attr-defined]
     return found
+
+
+def _trace(arm: Arm, prompt: Tensor, file: Path) -> None:
+    """Some steps in the middle of a text, host and device, for ui.perfetto.dev."""
+    assert arm.stream is not None
+    stream = arm.stream(prompt, 256)
+    for _ in range(2 * TRACED):
+        next(stream)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        for _ in range(TRACED):
+            next(stream)
+        torch.cuda.synchronize()
+    stream.close()  # type: ignore[attr-defined]
+    profiler.export_chrome_trace(str(file))
 
 
 def _take_apart(nodes: int, graph: Graph) -> StepResult:

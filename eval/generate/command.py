@@ -36,7 +36,8 @@ def bench_generate(
     arms: Annotated[str | None, typer.Option(help="Comma between; see the docs.")] = None,
     dtype: Annotated[str, typer.Option()] = "bfloat16",
     folder: Annotated[
-        Path | None, typer.Option("--out", help="Folder for generate.json, tables and a picture.")
+        Path | None,
+        typer.Option("--out", help="Folder for generate.json, tables, a picture, traces."),
     ] = None,
 ) -> None:
     """Times generation end to end, ours beside transformers', and takes a captured step apart."""
@@ -77,6 +78,7 @@ def bench_generate(
         new_tokens=new_tokens,
         copy_tbps=ceilings.measure(device).copy_tbps,
         after_arm=after_arm,
+        traces=folder,
     )
     out.print(report.arms_table(result))
     out.print(report.steps_table(result))

@@ -1,0 +1,49 @@
+"""What only first calls pay for: kernels are compiled, steps and passes captured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from specdec.console import err
+from specdec.passes import ROWS
+
+if TYPE_CHECKING:
+    from specdec.wrap import SpeculativeModel
+
+NEW_TOKENS = 48
+"""Enough for a step with trees of every size to be compiled, captured and timed."""
+
+
+def warm_up(model: SpeculativeModel, *, requests: int, progress: bool) -> None:
+    """See `SpeculativeModel.warm_up`."""
+    target = model._driven()
+    calls = [(requests, ROWS[0], NEW_TOKENS)]
+    if target.uncaptured is None:
+        # The longest first, so that nothing moves later. The second call captures.
+        calls = [*((1, rows, 1) for rows in reversed(ROWS) for _ in range(2)), *calls]
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, console=err, disable=not progress, transient=True) as display:
+        for call in display.track(calls, description="capturing"):
+            _generate(model, *call)
+    target.graphs.forget_budgets()
+
+
+def _generate(model: SpeculativeModel, requests: int, rows: int, new: int) -> None:
+    """A call whose prompts have that many tokens each, the root not counted."""
+    # Tokens that repeat themselves, so that drafters have something to draft.
+    ids = torch.arange(rows + 1, device=model.cache.device).remainder(7).expand(requests, -1)
+    kept, model.prefix_cache = model.prefix_cache, False  # of no use to anybody later
+    try:
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    finally:
+        model.prefix_cache = kept
