@@ -46,6 +46,7 @@ class Acceptance:
     """By number of nodes: steps."""
     context: float
     """Committed tokens, summed over steps."""
+    texts: int
 
     @property
     def tokens_per_step(self) -> float:
@@ -84,7 +85,7 @@ def replay(
             context += known - 1
             tokens += taken
             known += taken
-    return Acceptance(tokens, sizes.total(), dict(sorted(sizes.items())), context)
+    return Acceptance(tokens, sizes.total(), dict(sorted(sizes.items())), context, len(texts))
 
 
 def _matched(tokens: Sequence[int], parents: Sequence[int], text: Sequence[int], known: int) -> int:
@@ -125,7 +126,7 @@ def expected(topology: Topology, rows: Sequence[Row]) -> Acceptance:
     new = sum(row.new_tokens for row in rows)
     steps = new / sum(chance)
     context = sum(row.new_tokens * (row.prompt_tokens + row.new_tokens / 2) for row in rows) / new
-    return Acceptance(new, steps, {len(topology): steps}, steps * context)
+    return Acceptance(new, steps, {len(topology): steps}, steps * context, len(rows))
 
 
 @dataclass(frozen=True)
@@ -182,9 +183,12 @@ def predict(
     seconds = sum(
         count * time.step(size, context, batch) for size, count in acceptance.tree_sizes.items()
     )
-    speed = batch * acceptance.tokens / seconds
-    around = sum((r.prompt_tokens + r.new_tokens / 2) * r.new_tokens for r in rows)
-    plain = batch / time.step(1, around / sum(r.new_tokens for r in rows), batch)
+    # What the host does for a text, it does for one after the other.
+    speed = batch * acceptance.tokens / (seconds + batch * acceptance.texts * time.text)
+    new = sum(r.new_tokens for r in rows)
+    around = sum((r.prompt_tokens + r.new_tokens / 2) * r.new_tokens for r in rows) / new
+    alone = new * time.step(1, around, batch) + batch * len(rows) * time.text
+    plain = batch * new / alone
     answers = sum(r.new_tokens for r in rows) / len(rows)
     prompts = sum(r.prompt_tokens for r in rows) / len(rows)
     # All prompts that are computed while a request runs make it wait: one for each that ends.

@@ -5,6 +5,8 @@ A step over `rows` tree nodes behind `context` committed tokens is modelled as
     target(rows, context) = f(rows) + c * context        f rises, piecewise linear
     draft(rows)           = d + e * rows
 
+and a text takes some time besides its steps, mostly for the options of the call.
+
 Every row of a run says how long all of its steps took together and how many nodes each tree had, so
 the sums are linear in the unknowns, which non-negative least squares finds (scipy). Nothing is
 timed anew. `specdec.eval.cost` times single passes instead, before there is any run.
@@ -59,6 +61,8 @@ class StepTime:
     """Drafting: of a step and sequence, and for each node."""
     prefill: float
     """For each token of a prompt."""
+    text: float
+    """For each text, besides its steps and its prompt."""
 
     def target(self, rows: float, context: float) -> float:
         """Of the target's part: verification and all that is not drafting.
@@ -89,7 +93,7 @@ class StepTime:
         """The same on another GPU: an upper bound of what data sheets promise, not a measurement.
 
         The time of one row goes with the memory's bandwidth, what further rows add and the prefill
-        with the arithmetic; drafting on the host stays.
+        with the arithmetic; what the host does stays.
 
         Raises:
             ValueError: one of them is not in `GPUS`.
@@ -125,7 +129,7 @@ def fit(rows: Sequence[Row]) -> StepTime:
     design = np.array([_features(row, knots) for row in good])
     spent = np.array([row.decode_seconds - row.seconds.get("draft", 0.0) for row in good])
     found = _least_squares(design, spent)
-    base, steps, per_context = found[0], found[1:-1], found[-1]
+    base, steps, (per_context, text) = found[0], found[1:-2], found[-2:]
     drafted = [row for row in good if row.drafted]
     draft = _least_squares(
         np.array([[row.steps, row.steps + (row.drafted or 0)] for row in drafted], dtype=float),
@@ -138,11 +142,12 @@ def fit(rows: Sequence[Row]) -> StepTime:
         float(per_context),
         (float(draft[0]), float(draft[1])),
         sum(row.seconds.get("prefill", 0.0) for row in good) / prompts,
+        float(text),
     )
 
 
 def _features(row: Row, knots: Sequence[int]) -> list[float]:
-    """Steps; how far their trees reach into each interval between knots; context, all summed."""
+    """Steps, how far their trees reach into each interval between knots, context; and one text."""
     sizes: Mapping[int, int] = row.tree_sizes
     steps = sum(sizes.values())
     reach = [
@@ -151,7 +156,7 @@ def _features(row: Row, knots: Sequence[int]) -> list[float]:
         )
         for low, high in pairwise(knots)
     ]
-    return [steps, *reach, steps * (row.prompt_tokens + row.new_tokens / 2)]
+    return [steps, *reach, steps * (row.prompt_tokens + row.new_tokens / 2), 1.0]
 
 
 def _least_squares(design: Array, spent: Array) -> Array:

@@ -342,7 +342,7 @@ def test_expected_acceptance_of_a_chain_is_a_sum_of_powers(done: RunFolder) -> N
 
 
 def test_step_times_are_found_again_in_rows_made_of_them(done: RunFolder) -> None:
-    true = StepTime((1, 2, 16), (0.05, 0.07, 0.1), 1e-5, (2e-4, 3e-5), 1e-3)
+    true = StepTime((1, 2, 16), (0.05, 0.07, 0.1), 1e-5, (2e-4, 3e-5), 1e-3, 0.04)
     draw, rows = random.Random(0), []
     for row in done.rows()[:40]:
         sizes = {draw.choice([1, 2, 4, 8, 16]): draw.randint(1, 9) for _ in range(4)}
@@ -351,7 +351,7 @@ def test_step_times_are_found_again_in_rows_made_of_them(done: RunFolder) -> Non
         prompt = draw.randint(10, 500)
         context = prompt + row.new_tokens / 2
         drafting = 2e-4 * steps + 3e-5 * nodes
-        spent = drafting + sum(n * true.target(s, context) for s, n in sizes.items())
+        spent = true.text + drafting + sum(n * true.target(s, context) for s, n in sizes.items())
         rows.append(
             replace(
                 row,
@@ -366,6 +366,7 @@ def test_step_times_are_found_again_in_rows_made_of_them(done: RunFolder) -> Non
     found = fit(rows)
     assert found.knots == true.knots
     assert found.seconds == pytest.approx(true.seconds, rel=1e-3)
+    assert found.text == pytest.approx(true.text, rel=1e-3)
     assert found.step(8, 100, batch=2) == pytest.approx(true.step(8, 100, batch=2), rel=1e-3)
     assert found.on("H100", "H100") == found
 

@@ -98,7 +98,7 @@ def test_a_new_place_for_the_cache_makes_new_passes(target: Target) -> None:
     first = target.cache.admit()
     target.prefill([first], [tokens(40)])
     table = target.cache.page_table
-    many = [target.cache.admit() for _ in range(9)]
+    many = [target.cache.admit() for _ in range(len(target.cache.lengths))]
     assert target.cache.page_table is not table
     with target.cache.speculate([first], [20]) as lease:
         same(target, tokens(20), lease.plan_chains(), 0)
