@@ -20,7 +20,7 @@ from specdec.graphs import capture, shared_memory
 if TYPE_CHECKING:
     from specdec.target import Target
 
-ROWS = (16, 32, 64, 96, *range(128, 513, 64))
+ROWS = (16, 32, 64, 96, *range(128, 512, 64), *range(512, 1025, 128))
 """Sizes of passes. More rows keep a GPU busy for longer than they take to launch."""
 SHORTEST = 1024
 """Of the prefixes that a graph is made for; later ones are for twice as many tokens."""
