@@ -1,4 +1,8 @@
-"""Weight-only quantised models, as transformers loads them: not captured, and the same tokens."""
+"""Weight-only quantised models, as transformers loads them: not captured, and the same tokens.
+
+Needs torchao, which is not among the packages for development: where it is installed, transformers
+loads it with every model, and it then remarks on CUDA libraries that a CPU does not have.
+"""
 
 from __future__ import annotations
 
