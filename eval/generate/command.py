@@ -23,7 +23,10 @@ out, err = Console(), Console(stderr=True)
 
 def bench_generate(
     model: Annotated[
-        str, typer.Option(help="smollm2-135m, or with random weights llama-3.1-8b, qwen2.5-1.5b.")
+        str,
+        typer.Option(
+            help="smollm2-135m, or with random weights llama-3.1-8b, llama-3.2-1b, qwen2.5-1.5b."
+        ),
     ] = "smollm2-135m",
     prompts: Annotated[
         Path | None,

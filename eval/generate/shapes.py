@@ -25,6 +25,18 @@ SHAPES: dict[str, Any] = {
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         tie_word_embeddings=False,
     ),
+    "llama-3.2-1b": lambda: LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=True,
+    ),
     "qwen2.5-1.5b": lambda: Qwen2Config(
         vocab_size=151936,
         hidden_size=1536,
