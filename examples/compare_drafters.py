@@ -1,4 +1,4 @@
-"""Three drafters on one prompt: the same text, in different numbers of steps.
+"""Five drafters on one prompt: the same text, in different numbers of steps.
 
 python examples/compare_drafters.py
 """
