@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from specdec.kernels.ahead import bring
 from specdec.kernels.merge import LN2, LOG2E, NEVER, merge
 from specdec.kernels.worklist import (
     ALONE,
@@ -94,6 +95,13 @@ def _loose(PAGES, slots, dims, token, D: tl.constexpr):
     """Keys or values one by one: [N, DP], zeros where the slot is -1."""
     at = PAGES + slots[:, None].to(tl.int64) * token + dims[None, :]
     return tl.load(at, mask=(slots[:, None] >= 0) & (dims[None, :] < D), other=0.0)
+
+
+@triton.jit
+def _listed(KEY_SLOTS, KEY_TAGS, key, end):
+    """Slots and tags of loose keys, -1 from `end` on."""
+    slots = tl.load(KEY_SLOTS + key, mask=key < end, other=-1)
+    return slots, tl.load(KEY_TAGS + key, mask=key < end, other=-1)
 
 
 @triton.jit
@@ -174,6 +182,7 @@ def _attend_kernel(
     COUNT: tl.constexpr,
     SAME_TOKEN: tl.constexpr,
     BULK: tl.constexpr,
+    BRING: tl.constexpr,
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -221,7 +230,29 @@ def _attend_kernel(
             row = row0 + packed // G
             query_head = head * G + packed % G
             real = packed < tokens * G
+            table = TABLE + owner.to(tl.int64) * table_width
+            first = tile0 + tl.minimum(begin, tiles)
+            last = tile0 + tl.minimum(end, tiles)
+            loose_begin = (tl.maximum(begin - tiles, 0) + LOOSE_STEPS - 1) // LOOSE_STEPS
+            loose_end = (tl.maximum(end - tiles, 0) + LOOSE_STEPS - 1) // LOOSE_STEPS * BLOCK_N
+            loose_begin = loose_begin * (BLOCK_N // LOOSE_N)
+            loose_end = (tl.minimum(loose_end, loose) + LOOSE_N - 1) // LOOSE_N
+            loose_next = key0 + loose_begin * LOOSE_N + loose_tile
+            listed = key0 + tl.where(loose_begin < loose_end, loose, 0)
+            if BULK:
+                slots, tag = _listed(KEY_SLOTS, KEY_TAGS, loose_next, listed)
             if PDL:  # the work list is older than the launch before; queries and keys are not
+                if BRING:  # noqa: SIM102 - known when the kernel is compiled
+                    # Several blocks would ask for the same keys.
+                    if (step == entry) & (worker < programs) & (blocks == 1):
+                        near = (tile >= 0) & (first < last)
+                        for part in tl.static_range(PARTS):
+                            slot = pages_at_entry[part] * PAGE + first * BLOCK_N % PAGE + tile
+                            bring(K + head * k_head, slot * k_token, near, DK)
+                            bring(V + head * v_head, slot * v_token, near, DV)
+                        slot = slots.to(tl.int64)
+                        bring(K + head * k_head, slot * k_token, slots >= 0, DK)
+                        bring(V + head * v_head, slot * v_token, slots >= 0, DV)
                 tl.extra.cuda.gdc_wait()
             row_request = tl.load(ROW_REQUESTS + row, mask=real, other=-2)
             at_q = Q + row[:, None].to(tl.int64) * q_row + query_head[:, None] * q_head
@@ -239,9 +270,6 @@ def _attend_kernel(
                 v_token = k_token
 
             # Prefix tiles: every row sees every key. The page is fetched one step ahead.
-            table = TABLE + owner.to(tl.int64) * table_width
-            first = tile0 + tl.minimum(begin, tiles)
-            last = tile0 + tl.minimum(end, tiles)
             pages = pages_at_entry
             if step > entry:
                 pages = _pages(table, first, last, PAGE, BLOCK_N, PARTS)
@@ -279,21 +307,22 @@ def _attend_kernel(
             if COUNT:
                 tl.atomic_add(COUNTER, (tl.maximum(last - first, 0) * BLOCK_N).to(tl.int64))
 
-            # Loose keys: ends of prefixes and trees.
-            loose_begin = (tl.maximum(begin - tiles, 0) + LOOSE_STEPS - 1) // LOOSE_STEPS
-            loose_end = (tl.maximum(end - tiles, 0) + LOOSE_STEPS - 1) // LOOSE_STEPS * BLOCK_N
-            loose_begin = loose_begin * (BLOCK_N // LOOSE_N)
-            loose_end = (tl.minimum(loose_end, loose) + LOOSE_N - 1) // LOOSE_N
+            # Loose keys: ends of prefixes and trees. They, too, are looked up one turn ahead.
             for t in tl.range(loose_begin, loose_end, num_stages=LOOSE_STAGES):
-                key = key0 + t * LOOSE_N + loose_tile
-                slots = tl.load(KEY_SLOTS + key, mask=key < key0 + loose, other=-1)
-                tag = tl.load(KEY_TAGS + key, mask=key < key0 + loose, other=-1)
-                place = (tag & PLACE_MASK) - PLACE_ZERO
-                k = _loose(keys, slots, k_dims, k_token, DK)
-                v = _loose(values, slots, v_dims, v_token, DV)
+                if BULK:
+                    slots_now, tag_now = slots, tag
+                    loose_next += LOOSE_N
+                    slots, tag = _listed(KEY_SLOTS, KEY_TAGS, loose_next, listed)
+                else:  # registers are short
+                    slots_now, tag_now = _listed(
+                        KEY_SLOTS, KEY_TAGS, key0 + t * LOOSE_N + loose_tile, listed
+                    )
+                place = (tag_now & PLACE_MASK) - PLACE_ZERO
+                k = _loose(keys, slots_now, k_dims, k_token, DK)
+                v = _loose(values, slots_now, v_dims, v_token, DV)
                 qk = tl.dot(q, tl.trans(k).to(q_dtype), input_precision=PRECISION)
                 scores, factor = _scores(qk, scale, softcap, SOFTCAP)
-                sees = row_request[:, None] == (tag >> PLACE_BITS)[None, :]
+                sees = row_request[:, None] == (tag_now >> PLACE_BITS)[None, :]
                 if CAUSAL or WINDOW > 0:
                     row_depth = tl.load(ROW_DEPTHS + row, mask=real, other=0)
                     back = row_depth[:, None] - place[None, :]
@@ -318,7 +347,7 @@ def _attend_kernel(
                     p[0].to(q_dtype), v.to(q_dtype), acc * fade[:, None], input_precision=PRECISION
                 )
                 if COUNT:
-                    tl.atomic_add(COUNTER, tl.sum((slots >= 0).to(tl.int64), 0))
+                    tl.atomic_add(COUNTER, tl.sum((slots_now >= 0).to(tl.int64), 0))
 
             whole = (begin == 0) & (end == steps) & (alone > 0)
             lse = peak + tl.log2(total)
@@ -403,7 +432,7 @@ def tree_attention(
         BLOCK_N=tiling.block_n, LOOSE_N=tiling.loose_n,
         LOOSE_STAGES=tiling.loose_stages, LOOSE_STEPS=tiling.loose_steps, STAGES=tiling.stages,
         COUNT=counter is not None, SAME_TOKEN=keys.stride(1) == values.stride(1),
-        BULK=tiling.bulk, **same,
+        BULK=tiling.bulk, BRING=tiling.bring and tiling.bulk, **same,
         num_warps=tiling.warps, enable_fp_fusion=True, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     merge(out, lse, part, states, schedule, sinks, same)

@@ -10,12 +10,14 @@ Letters: R rows, D hidden size, F features, Hq/Hkv heads.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from specdec.kernels.ahead import dependent
 
 NormKind = Literal["cast, scale", "scale, cast", "one plus"]
 """Where a norm rounds: before its weight acts (Llama), after it (OLMo-2), or after 1 + weight acts
@@ -44,9 +46,23 @@ def _normed(x, WEIGHT, dims, inside, size: tl.constexpr, eps, KIND: tl.constexpr
 
 
 @triton.jit
+def activated(gate, KIND: tl.constexpr):
+    """float32 under the activation of that place in `ACTIVATIONS`."""
+    if KIND == 0:
+        gate = gate / (1.0 + tl.exp(-gate))
+    elif KIND == 1:
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        tanh = 1.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0)
+        gate = 0.5 * gate * (1.0 + tanh)
+    else:
+        gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    return gate
+
+
+@triton.jit
 def _add_norm_kernel(
     HIDDEN, BRANCH, BRANCH_WEIGHT, WEIGHT, OUT, multiplier, branch_eps, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, SCALES: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, SCALES: tl.constexpr,
     NORMS_BRANCH: tl.constexpr, NORMS: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -57,8 +73,12 @@ def _add_norm_kernel(
     dims = tl.arange(0, BLOCK)
     inside = dims < D
     x = tl.load(HIDDEN + row * D + dims, mask=inside, other=0.0).to(tl.float32)
-    if ADDS:
+    if PARTS > 0:
         added = tl.load(BRANCH + row * D + dims, mask=inside, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            at = BRANCH + (part * tl.num_programs(0) + row) * D + dims
+            added += tl.load(at, mask=inside, other=0.0)
+        added = added.to(dtype).to(tl.float32)
         if NORMS_BRANCH:
             added = _normed(added, BRANCH_WEIGHT, dims, inside, D, branch_eps, KIND, dtype)
             added = added.to(tl.float32)
@@ -114,15 +134,7 @@ def _gate_kernel(
     inside = features < F
     gate = tl.load(X + row * 2 * F + features, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(X + row * 2 * F + F + features, mask=inside, other=0.0).to(tl.float32)
-    if KIND == 0:
-        gate = gate / (1.0 + tl.exp(-gate))
-    elif KIND == 1:
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        tanh = 1.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0)
-        gate = 0.5 * gate * (1.0 + tanh)
-    else:
-        gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    out = gate.to(dtype).to(tl.float32) * up
+    out = activated(gate, KIND).to(dtype).to(tl.float32) * up
     tl.store(OUT + row * F + features, out.to(dtype), mask=inside)
 
 
@@ -189,7 +201,7 @@ def add_norm(
 
     Args:
         hidden: [R, D], contiguous; grows by the branch in place.
-        branch: [R, D], contiguous; None adds nothing.
+        branch: [R, D], contiguous, or [S, R, D] float32, parts whose sum it is; None adds nothing.
         weight: [D] of the norm that follows; None for none.
         eps: of that norm.
         kind: of all norms here.
@@ -206,7 +218,7 @@ def add_norm(
     _add_norm_kernel[(rows,)](
         hidden, _some(branch, hidden), _some(branch_weight, hidden), _some(weight, hidden), out,
         multiplier, branch_eps, eps,
-        D=size, BLOCK=block, ADDS=branch is not None, SCALES=multiplier != 1.0,
+        D=size, BLOCK=block, PARTS=_parts(branch), SCALES=multiplier != 1.0,
         NORMS_BRANCH=branch_weight is not None, NORMS=weight is not None,
         KIND=NORM_KINDS.index(kind), num_warps=max(1, min(8, block // 512)),
         **UNFUSED, **dependent(hidden),
@@ -259,13 +271,10 @@ def gate(packed: Tensor, activation: Activation) -> Tensor:
     return out
 
 
-def dependent(tensor: Tensor) -> dict[str, Any]:
-    """Launch options with which a kernel gets ready while the one before it ends.
-
-    It waits for that one before it reads anything, so this asks nothing of what surrounds it.
-    """
-    early = tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
-    return {"PDL": True, "launch_pdl": True} if early else {"PDL": False}
+def _parts(branch: Tensor | None) -> int:
+    if branch is None:
+        return 0
+    return len(branch) if branch.ndim == 3 else 1
 
 
 def _some(tensor: Tensor | None, stand_in: Tensor) -> Tensor:

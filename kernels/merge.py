@@ -134,7 +134,7 @@ def merge(
     results = out.shape[0] * out.shape[1]
     blocks = triton.cdiv(results, schedule.tiling.block_m)
     columns = max(blocks, schedule.requests * out.shape[1] // options["G"])
-    rows, pieces, warps = _shape(results, schedule.programs // columns)
+    rows, pieces = _shape(results, schedule.programs // columns, options["DVP"])
     if not out.is_cuda:
         rows = 64  # the interpreter pays for programs, not for rows
     programs = triton.cdiv(results, rows)
@@ -145,17 +145,21 @@ def merge(
         out, states if lse is None else lse, part, states,
         schedule.header, schedule.items, schedule.rows,
         states if sinks is None else sinks, out.shape[0], **options,
-        MERGE_ROWS=rows, MERGE_PIECES=pieces, num_warps=warps, enable_fp_fusion=True,
+        MERGE_ROWS=rows, MERGE_PIECES=pieces, num_warps=1, enable_fp_fusion=True,
         **({"launch_pdl": True} if options["PDL"] else {}),
     )  # fmt: skip
 
 
-def _shape(results: int, pieces: int) -> tuple[int, int, int]:
-    """How many results a program of the merge takes, pieces at a time, and its warps.
+def _shape(results: int, pieces: int, width: int) -> tuple[int, int]:
+    """How many results a program of the merge takes, and how many of their pieces at a time.
+
+    A program is one warp: more of them find room at once, and none waits for another.
 
     Args:
         results: rows times heads.
         pieces: of a column, about.
+        width: head dim, rounded up to a power of two.
     """
-    rows = 4 if results >= 8192 else 1
-    return rows, min(32, max(8 // rows, triton.next_power_of_2(pieces))), rows
+    pieces = min(32, triton.next_power_of_2(max(1, pieces)))
+    rows = 2 if results >= 512 and pieces * width <= 2048 else 1
+    return rows, max(4 if results >= 8192 else 8, pieces)

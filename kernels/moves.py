@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.layers import UNFUSED, dependent
+from specdec.kernels.ahead import dependent
+from specdec.kernels.layers import UNFUSED
 
 FLOAT = torch.float32
 

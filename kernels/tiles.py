@@ -60,6 +60,8 @@ def choose(
         long=max_prefix > SHORT,
         heavy=len(query) * groups * max_prefix >= HEAVY,
     )
+    # Where rows fill blocks of their own, every request would ask for the pages that it shares.
+    tiling = replace(tiling, bring=not (shared and max_rows * groups >= tiling.block_m))
     most = MAX_PARTS * keys.shape[1]
     if tiling.block_n > most:
         tiling = replace(tiling, block_n=most, loose_n=min(most, tiling.loose_n))

@@ -1,4 +1,4 @@
-"""The forward of the standard decoder families in few launches: ten for each layer.
+"""The forward of the standard decoder families in few launches: nine or ten for each layer.
 
 The model's own weights are used. Products that read the same input are packed into one matrix,
 whose rows the model's parameters become. What stands between the products - norms, rotation and
@@ -104,7 +104,7 @@ class Layer:
 class Branch:
     """What a part of a layer adds to the residual stream."""
 
-    value: Tensor  # [R, D]
+    value: Tensor  # [R, D], or [S, R, D] float32 parts of it
     norm: Norm | None
     multiplier: float
 
@@ -250,7 +250,7 @@ class FusedModel:
         query_heads, kv_heads, value_dim = layer.heads
         key_dim = pages.keys.shape[3]
         widths = query_heads * key_dim, kv_heads * key_dim, kv_heads * value_dim
-        packed = F.linear(given, layer.qkv.weight, layer.qkv.bias)
+        packed = _linear(given, layer.qkv)
         if layer.query_norm is not None and layer.key_norm is not None:
             layers.norm_heads(
                 packed, layer.query_norm, layer.key_norm, widths[:2], self.family.kind
@@ -275,13 +275,35 @@ class FusedModel:
             softcap=layer.softcap,
             backend=backend,
         )
-        return F.linear(out.flatten(1), layer.out.weight, layer.out.bias)
+        return _summed(out.flatten(1), layer.out)
 
     def _mlp(self, layer: Layer, given: Tensor) -> Tensor:
-        from specdec.kernels import layers  # needs Triton
+        from specdec.kernels import layers, products  # need Triton
 
-        packed = F.linear(given, layer.gate_up.weight, layer.gate_up.bias)
-        return F.linear(layers.gate(packed, self.activation), layer.down.weight, layer.down.bias)
+        gate_up = layer.gate_up
+        if products.fits(given, gate_up.weight):
+            gated = products.gated(given, gate_up.weight, gate_up.bias, self.activation)
+        else:
+            gated = layers.gate(F.linear(given, gate_up.weight, gate_up.bias), self.activation)
+        return _summed(gated, layer.down)
+
+
+def _linear(given: Tensor, layer: Packed) -> Tensor:
+    """[R, N] of [R, K]."""
+    from specdec.kernels import products  # needs Triton
+
+    if products.fits(given, layer.weight):
+        return products.product(given, layer.weight, layer.bias)
+    return F.linear(given, layer.weight, layer.bias)
+
+
+def _summed(given: Tensor, layer: Packed) -> Tensor:
+    """[R, N] of [R, K], or [S, R, N] float32, parts of it that `add_norm` adds."""
+    from specdec.kernels import products  # needs Triton
+
+    if layer.bias is None and products.fits(given, layer.weight):
+        return products.product_parts(given, layer.weight)
+    return F.linear(given, layer.weight, layer.bias)
 
 
 def unfit(model: PreTrainedModel, calls: Sequence[AttentionCall]) -> str | None:

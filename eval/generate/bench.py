@@ -29,7 +29,7 @@ PARTS = {
     "norms and gates": ("_add_norm_kernel", "_norm_heads_kernel", "_gate_kernel"),
     "accept": ("reduce_kernel", "_accept_kernel", "argmax"),
     "commit": ("_move_kernel",),
-    "products": ("nvjet", "gemm", "gemv", "cutlass", "splitK", "cublas"),
+    "products": ("_product_kernel", "nvjet", "gemm", "gemv", "cutlass", "splitK", "cublas"),
 }
 """Parts of a step by words in the names of their kernels; the first that fits counts."""
 

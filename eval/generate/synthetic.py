@@ -72,7 +72,9 @@ class _Forced(DeviceChoice):
     def choose(
         self, logits: Tensor, seeds: Tensor, lengths: Tensor, depths: Tensor
     ) -> tuple[Tensor, Tensor]:
-        best, tokens = logits.max(-1)
+        from specdec.kernels.vocab import greatest  # needs Triton
+
+        best, tokens = greatest(logits)
         node = torch.arange(depths.shape[1], device=depths.device)
         ahead = (lengths[:, None] + depths) * FACTOR % VOCABULARY
         forced = (depths < self.kept) & (node <= DEPTH)
