@@ -133,8 +133,9 @@ def merge(
     """Launches the merge; on Hopper and later it starts while attention ends."""
     results = out.shape[0] * out.shape[1]
     blocks = triton.cdiv(results, schedule.tiling.block_m)
-    columns = max(blocks, schedule.requests * out.shape[1] // options["G"])
-    rows, pieces = _shape(results, schedule.programs // columns, options["DVP"])
+    own = schedule.requests * out.shape[1] // options["G"]  # columns, if none has two blocks
+    pieces = schedule.programs // max(blocks, own)
+    rows, pieces = _shape(results, pieces, options["DVP"], known=blocks >= own)
     if not out.is_cuda:
         rows = 64  # the interpreter pays for programs, not for rows
     programs = triton.cdiv(results, rows)
@@ -150,16 +151,17 @@ def merge(
     )  # fmt: skip
 
 
-def _shape(results: int, pieces: int, width: int) -> tuple[int, int]:
+def _shape(results: int, pieces: int, width: int, *, known: bool) -> tuple[int, int]:
     """How many results a program of the merge takes, and how many of their pieces at a time.
 
     A program is one warp: more of them find room at once, and none waits for another.
 
     Args:
         results: rows times heads.
-        pieces: of a column, about.
+        pieces: of a column, at least.
         width: head dim, rounded up to a power of two.
+        known: whether there are not more pieces than that.
     """
     pieces = min(32, triton.next_power_of_2(max(1, pieces)))
-    rows = 2 if results >= 512 and pieces * width <= 2048 else 1
-    return rows, max(4 if results >= 8192 else 8, pieces)
+    rows = 2 if results >= 512 and pieces <= (8 if width > 64 else 32) else 1
+    return rows, max(8 // rows if known else 8, pieces)
