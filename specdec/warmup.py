@@ -32,9 +32,9 @@ def warm_up(model: SpeculativeModel, *, requests: int, progress: bool) -> None:
 
 
 def _generate(model: SpeculativeModel, requests: int, rows: int, new: int) -> None:
-    """A call whose prompts have that many tokens each, the root not counted."""
+    """A call whose prompts have that many tokens each."""
     # Tokens that repeat themselves, so that drafters have something to draft.
-    ids = torch.arange(rows + 1, device=model.cache.device).remainder(7).expand(requests, -1)
+    ids = torch.arange(rows, device=model.cache.device).remainder(7).expand(requests, -1)
     kept, model.prefix_cache = model.prefix_cache, False  # of no use to anybody later
     try:
         model.generate(
