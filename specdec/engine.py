@@ -242,10 +242,10 @@ class Engine:
         kept = [len(path) for verdict in decided[: len(lanes)] for path in verdict.paths]
         lease.settle([*kept, *(count for _, count in pieces)])
         self.scheduler.prefilled(pieces)
-        emissions: list[Emission] = []
+        given: list[Emission] = []
         for place, part in enumerate(zip(load.judged, load.trees, judged, decided, strict=True)):
-            emissions += self._emit(*part, proposed=place < len(lanes))
-        return emissions
+            given += self._emit(*part, proposed=place < len(lanes))
+        return given
 
     def _grounded(self, lanes: Sequence[Lane], lane: Lane | None) -> str | None:
         """Why the next pass cannot be captured; None if it can."""

@@ -18,7 +18,7 @@ PHASES = ("prefill", "draft", "forward", "accept", "commit", "captured", "gap")
 class GenerationStats:
     """Counts of a run. A step of a batch counts once for every sequence in it.
 
-    Steps are verifications of trees. The pass that ends a prompt gives a token, too, but it is none.
+    Steps are verifications of trees. The pass that ends a prompt gives a token, but it is none.
 
     `reached[d]` is how often a step came to a node of depth d - 1 that had children, and
     `accepted_at[d]` how often one of them was accepted.

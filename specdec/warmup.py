@@ -22,8 +22,9 @@ def warm_up(model: SpeculativeModel, *, requests: int, progress: bool) -> None:
     target = model._driven()
     calls = [(requests, ROWS[0], NEW_TOKENS)]
     if target.uncaptured is None:
-        # The longest first, so that nothing moves later. The second call captures.
-        calls = [*((1, rows, 1) for rows in reversed(ROWS) for _ in range(2)), *calls]
+        # The longest first, so that nothing moves later: neither pages nor the texts of steps, of
+        # which there is one behind the token that comes with the prompt. The second call captures.
+        calls = [*((1, rows, 2) for rows in reversed(ROWS) for _ in range(2)), *calls]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, console=err, disable=not progress, transient=True) as display:
         for call in display.track(calls, description="capturing"):

@@ -438,9 +438,10 @@ def test_a_malformed_proposal_is_named_and_leaves_nothing_behind(
         def draft(self, tokens: Sequence[int], nodes: int) -> TokenTree:
             return self.tree
 
-    first = int(greedy(model, prompts[:1], 1)[0, -1])  # is the root of the first tree
+    first = int(greedy(model, prompts[:1], 1)[0, -1])  # the root of the first tree
+    other = TokenTree.root((first + 1) % VOCAB)
     cases = [
-        (TokenTree.root((first + 1) % VOCAB), "Wrong.draft: expected the root to be the last token"),
+        (other, "Wrong.draft: expected the root to be the last token"),
         (TokenTree.chain(first, [1] * 20), "Wrong.draft: expected at most 8 nodes"),
         (TokenTree.chain(first, [VOCAB]), f"vocabulary size {VOCAB}, got {VOCAB}"),
     ]
