@@ -175,9 +175,9 @@ class Scheduler:
         size = self.cache.pool.page_size
         best, most = None, 0
         for other in self.running:
-            # Less than a page is computed as fast as it is copied, unless nothing else is left.
-            first = min(size, len(other.tokens), len(request.tokens))
-            if other.key != request.key or other.tokens[:first] != request.tokens[:first]:
+            # Less than a page is computed as fast as it is copied, but for equal prompts.
+            begins = other.tokens[:size], other.tokens[: min(size, other.prompt_length)]
+            if other.key != request.key or request.tokens[:size] not in begins:
                 continue
             common = _common(other.tokens, request.tokens)
             common = min(common, len(other.tokens) - 1, len(request.tokens) - 1)
