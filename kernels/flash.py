@@ -414,6 +414,14 @@ def tree_attention(
         "PDL": dependent,
     }  # fmt: skip
     nothing = states
+    if tiling.roles and counter is None:
+        from specdec.kernels import hopper  # needs Gluon
+
+        hopper.attend(
+            query, keys, values, out, lse, part, states, schedule, scale, softcap, sinks, early
+        )
+        merge(out, lse, part, states, schedule, sinks, same)
+        return out
     _attend_kernel[(schedule.programs,)](
         query, keys, values,
         *(_tiles(p, schedule) if tiling.bulk else p for p in (keys, values)),

@@ -16,6 +16,7 @@ from torch import Tensor
 from specdec.kernels.worklist import MAX_PARTS, Tiling
 
 INTERPRETED = Tiling(16, 16, 4, 1, 1, loose_n=16)
+ROLES = Tiling(128, 128, 8, 3, 1, loose_n=64, bulk=True, roles=True)
 SHORT = 2048  # keys
 HEAVY = 1 << 27  # packed rows times keys: 32 requests of 64 nodes and 16,384 keys, for a group of 4
 RESERVED = 1024  # bytes of shared memory that the system keeps for each program
@@ -28,6 +29,7 @@ def choose(
     max_rows: int,
     max_prefix: int,
     shared: bool,
+    plain: bool = False,
 ) -> tuple[Tiling, int]:
     """The tiling for a forward, and the number of programs of its launch.
 
@@ -35,12 +37,15 @@ def choose(
         max_rows: query tokens of the largest request.
         max_prefix: committed keys of the longest, at most.
         shared: whether requests share pages, so that a block may hold rows of several.
+        plain: whether these are trees without window, soft cap, sinks and log-sum-exp.
     """
     if query.device.type != "cuda":
         return INTERPRETED, 6
     properties = torch.cuda.get_device_properties(query.device)
     kv_heads = keys.shape[2]
     groups = query.shape[1] // kv_heads
+    if plain and _by_roles(query, keys, values, max_rows * groups, max_prefix):
+        return ROLES, properties.multi_processor_count
     width = max(triton.next_power_of_2(keys.shape[3]), triton.next_power_of_2(values.shape[3]))
     element = query.element_size()
     rows = len(query) if shared else max_rows
@@ -73,6 +78,40 @@ def choose(
         # read the same keys are arithmetic sooner.
         programs = min(programs, processors * 4 // 3 if blocks == 1 else processors)
     return tiling, programs
+
+
+def _by_roles(query: Tensor, keys: Tensor, values: Tensor, largest: int, prefix: int) -> bool:
+    """Whether `hopper.attend` is for this: what it was checked with, where it was faster.
+
+    Args:
+        largest: rows times group of the largest request.
+        prefix: committed keys of the longest.
+    """
+    able = (
+        torch.cuda.get_device_capability(query.device)[0] == 9
+        and query.dtype == keys.dtype == values.dtype == torch.bfloat16
+        and {keys.shape[3], values.shape[3]} <= {64, 128}
+        and keys.shape[1] == 64
+        and _copyable(keys)
+        and _copyable(values)
+        and _gluon()
+    )
+    # Rows that leave half of the last block empty are better off in smaller ones.
+    full = 2 * triton.cdiv(largest, ROLES.block_m) == triton.cdiv(largest, 64)
+    work = len(query) * query.shape[1] // keys.shape[2] * prefix
+    if largest > ROLES.block_m:
+        return able and full and work >= 1 << 22
+    return able and full and prefix >= 1 << 14 and work >= 1 << 24
+
+
+@functools.cache
+def _gluon() -> bool:
+    """Whether Triton has the Gluon that `hopper` is written in, which is not settled yet."""
+    try:
+        import specdec.kernels.hopper  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def _copyable(pages: Tensor) -> bool:

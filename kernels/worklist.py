@@ -79,6 +79,7 @@ class Tiling:
     loose_steps: int = 2  # a tile of loose keys is as much work as so many dense ones
     start_steps: int = 4  # so is beginning a column
     bulk: bool = False  # tiles are copied by the copy engine of Hopper and later (TMA)
+    roles: bool = False  # warps share the work by role, see kernels/hopper.py
     bring: bool = False  # with `bulk`: a program asks for its first keys before it may read any
 
 

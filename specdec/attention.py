@@ -250,8 +250,10 @@ def _triton(
     if mode not in MODES:
         raise ValueError(f"mode: expected {', '.join(MODES)}, got {mode!r}")
     heads, kv_heads = query.shape[1], pages.keys.shape[2]
+    plain = plan.ancestors is not None
+    plain = plain and all(option is None for option in (window, softcap, sinks, lse))
     tiling, programs = tiles.choose(
-        query, pages.keys, pages.values, plan.max_rows, plan.max_prefix, plan.shared
+        query, pages.keys, pages.values, plan.max_rows, plan.max_prefix, plan.shared, plain
     )
     query = query if query.stride(2) == 1 else query.contiguous()
     sinks = None if sinks is None else sinks.contiguous()

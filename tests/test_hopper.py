@@ -1,0 +1,159 @@
+"""The Gluon kernel for Hopper against the Triton kernel, on the same work lists."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from specdec.attention import tree_attention
+from specdec.eval.attention.cases import Case, private, shared
+from specdec.eval.attention.data import Data
+from specdec.kernels.worklist import Schedule, Tiling
+
+pytest.importorskip("triton.experimental.gluon")
+
+from specdec.kernels import flash, tiles
+
+WIDE = tiles.ROLES
+NARROW = replace(WIDE, block_n=64, stages=6)
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+CASES = [
+    private(64, 1024, 2),  # partial results of cut columns
+    private(64, 3000, 5),  # loose ends of prefixes, whole columns
+    private(33, 100, 5),  # nearly nothing but loose keys
+    private(1, 60, 3),  # nothing else
+    private(40, 1000, 3, ragged=True),
+    private(64, 2000, 2, tree="chain"),
+    private(128, 3000, 1),  # four words of ancestor bits
+    private(64, 1024, 2, page_size=128),
+    private(48, 900, 3, heads=9, kv_heads=3, dim=64),
+    shared(16, 1024, 256, 4),
+    private(64, 4096, 32),  # several workers for a program
+]
+HEADS = 32
+
+
+def both(data: Data, tiling: Tiling, programs: int, **options: Any) -> tuple[Tensor, Tensor]:
+    """The results of Hopper's kernel and of Triton's, on work lists of their own."""
+    found: list[Tensor] = []
+    for each in (tiling, replace(tiling, roles=False, bulk=False, stages=2)):
+        built: Schedule = data.plan.schedule(
+            data.case.heads, data.case.kv_heads, None, "auto", each, programs
+        )
+        query, pool = data.queries[0], data.pools[0]
+        arguments: dict[str, Any] = {"softcap": None, "sinks": None, "lse": None, **options}
+        if arguments["lse"] is not None:
+            arguments["lse"] = arguments["lse"][len(found)]
+        found.append(
+            flash.tree_attention(
+                query, pool.keys, pool.values, built, query.shape[2] ** -0.5, **arguments
+            )
+        )
+    return found[0], found[1]
+
+
+def spoil(data: Data) -> None:
+    """NaN wherever no request has a key."""
+    keys = torch.cat([data.keys_of(request) for request in range(data.case.requests)])
+    for pages in (data.pools[0].keys, data.pools[0].values):
+        free = torch.ones(pages.shape[0] * pages.shape[1], dtype=torch.bool, device=pages.device)
+        free[keys] = False
+        pages.flatten(0, 1)[free] = torch.nan
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("tiling", [NARROW, WIDE], ids=["narrow", "wide"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name} {case.tree} {case.dim}")
+def test_as_exact_as_the_triton_kernel(case: Case, tiling: Tiling) -> None:
+    data = Data(case, "cuda", torch.bfloat16, sets=1)
+    spoil(data)
+    exact = data.exact(0)
+    ours, triton = both(data, tiling, 132)
+    assert data.error(ours, exact) < 3e-3
+    assert data.error(ours, exact) < 1.05 * data.error(triton, exact)
+    for _ in range(5):
+        assert torch.equal(both(data, tiling, 132)[0], ours)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("programs", [5, 132])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_every_option(programs: int, softcap: float | None) -> None:
+    data = Data(private(64, 1000, 2), "cuda", torch.float16, sets=1)
+    sinks = torch.linspace(-2, 2, HEADS, device="cuda")
+    lse = torch.full((2, 128, HEADS), torch.nan, device="cuda")
+    ours, triton = both(data, WIDE, programs, softcap=softcap, sinks=sinks, lse=lse)
+    torch.testing.assert_close(ours, triton, rtol=2e-3, atol=2e-4)
+    torch.testing.assert_close(lse[0], lse[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+def test_it_is_for_many_rows_over_many_keys() -> None:
+    cases = {
+        private(64, 4096, 8): True,
+        private(64, 1024, 1): False,
+        private(33, 4096, 8): False,  # would leave nearly half of the second block empty
+        private(16, 16384, 8): False,
+        private(64, 4096, 8, tree="chain"): False,
+        private(64, 4096, 8, page_size=32): False,
+    }
+    for case, wanted in cases.items():
+        data = Data(case, "cuda", torch.bfloat16, sets=1)
+        tree_attention(data.queries[0], data.pools[0], data.plan, backend="triton")
+        (built,) = data.plan._schedules.values()
+        assert built.tiling.roles == wanted, case
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from specdec.kernels.hopper import attend_kernel
+
+layout = gl.NVMMASharedLayout.get_default_for([64, 128], gl.bfloat16)
+constants = dict(
+    HQ=32, G=4, DK=128, DV=128, PAGE=64, W=2, CAUSAL=False, SOFTCAP=False, HAS_SINKS=False,
+    HAS_LSE=False, BLOCK_M=128, BLOCK_N=128, LOOSE_STEPS=2, STAGES=3, PDL=True,
+)
+halves = {"Q": "*bf16", "OUT": "*bf16", "K": "*bf16", "V": "*bf16", "SINKS": "*bf16",
+          "PART": "*fp16", "LSE": "*fp32", "STATES": "*fp32", "TABLE": "*i64",
+          "K_TILES": f"tensordesc<bf16[64, 128],{layout!r}>", "scale": "fp32", "softcap": "fp32"}
+halves["V_TILES"] = halves["K_TILES"]
+signature, values, aligned = {}, {}, {}
+for place, name in enumerate(attend_kernel.arg_names):
+    if name in constants:
+        signature[name], values[(place,)] = "constexpr", constants[name]
+    else:
+        signature[name] = halves.get(name, "*i32" if name.isupper() else "i32")
+        if "desc" not in signature[name] and "fp32" != signature[name] and name != "table_width":
+            aligned[(place,)] = [["tt.divisibility", 16]]
+source = GluonASTSource(attend_kernel, signature, values, aligned)
+kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+print(kernel.metadata.shared)
+"""
+
+
+@pytest.mark.slow
+def test_compiles_without_a_gpu() -> None:
+    """In a process of its own, as this one may run Triton's interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) <= 227 << 10
