@@ -92,9 +92,9 @@ class StepResult:
     nodes: int
     ms: float
     parts: dict[str, float] = field(default_factory=dict)
-    """Milliseconds by part; they overlap a little, so that they may add up to more."""
+    """Milliseconds by part: how much later the step ends because of it, see `kernel_times`."""
     kernels: list[tuple[str, int, float]] = field(default_factory=list)
-    """Name, launches, microseconds, the dearest first."""
+    """Name, launches, microseconds in all, counted likewise, the dearest first."""
 
 
 @dataclass
