@@ -293,7 +293,7 @@ def _is_neutral(name: str, value: object) -> bool:
 
 
 def _check_options(config: GenerationConfig) -> None:
-    for name, value in config.to_dict().items():
+    for name, value in vars(config).items():
         if name.startswith("_"):  # transformers' own notes on a prepared call
             continue
         if name not in SUPPORTED_OPTIONS | IRRELEVANT_OPTIONS and not _is_neutral(name, value):
