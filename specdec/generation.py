@@ -198,15 +198,21 @@ class Call:
         # transformers asks its criteria after a token: there is always one.
         new = max(1, self.max_length - width)
         requests = []
-        for row, row_seed in enumerate(split_seeds(seed, len(self.input_ids)).tolist()):
-            mask = self.attention_mask
-            padding = 0 if mask is None else int((mask[row] == 0).sum())
-            text = self.input_ids[row, padding:].tolist()
-            pads = self.input_ids[row, :padding].tolist()
-            stops = stopping.of_row(row)
-            requests.append(
-                Request(text, new, row_seed, stops, cache_key=cache_key, row=row, padding=pads)
+        seeds = split_seeds(seed, len(self.input_ids)).tolist()
+        texts = self.input_ids.tolist()  # one copy to the host for all rows
+        masks = None if self.attention_mask is None else self.attention_mask.tolist()
+        for row, (text, row_seed) in enumerate(zip(texts, seeds, strict=True)):
+            padding = 0 if masks is None else masks[row].count(0)
+            request = Request(
+                text[padding:],
+                new,
+                row_seed,
+                stopping.of_row(row),
+                cache_key=cache_key,
+                row=row,
+                padding=text[:padding],
             )
+            requests.append(request)
         stopping.watch(requests)
         return requests
 
@@ -318,7 +324,7 @@ def _check_model_inputs(input_ids: Tensor, mask: Tensor | None, given: dict[str,
             raise ValueError(
                 f"attention_mask: expected {list(input_ids.shape)}, got {list(mask.shape)}"
             )
-        seen = mask != 0
+        seen = mask.cpu() != 0  # one copy to the host, where small operations cost nothing
         if not bool(seen[:, -1].all()) or bool((seen[:, :-1] & ~seen[:, 1:]).any()):
             raise ValueError(
                 "attention_mask: expected padding on the left only, got padding on the right or "
@@ -327,9 +333,9 @@ def _check_model_inputs(input_ids: Tensor, mask: Tensor | None, given: dict[str,
             )
     positions = given.get("position_ids")
     if positions is not None:
-        seen = torch.ones_like(input_ids) if mask is None else (mask != 0).long()
-        expected = seen.cumsum(1) - 1
-        if not bool(((positions == expected) | (seen == 0)).all()):
+        seen = torch.ones(input_ids.shape) if mask is None else mask.cpu() != 0
+        expected = seen.long().cumsum(1) - 1
+        if not bool(((positions.cpu() == expected) | (seen == 0)).all()):
             raise refuse("position_ids", positions)
 
 
