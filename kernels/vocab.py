@@ -205,8 +205,8 @@ def _whole_kernel(
 @triton.jit(do_not_specialize=["scale", "top_k", "top_p", "min_p"])
 def _bound_kernel(
     CHUNK_MAX, CHUNK_SUM, GROUP_MAX, GROUP_SUM, BEST, NORM, BOUND, LIST, LISTED,
-    chunks, groups, scale, top_k, top_p,
-    TOP_K: tl.constexpr, TOP_P: tl.constexpr, SHIFT: tl.constexpr,
+    chunks, groups, scale, top_k, top_p, min_p,
+    TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, SHIFT: tl.constexpr,
     CHUNK: tl.constexpr, CP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr,
 ):  # fmt: skip
     """A key that no token is kept below, from the maxima and sums of groups; who reaches it."""
@@ -240,6 +240,8 @@ def _bound_kernel(
     sound = (norm > 0) & (norm < float("inf"))  # no token of a broken row is a candidate
     bound = tl.where(sound, bound, GREATEST)
     can = real & (key >= bound.to(tl.int32))
+    if MIN_P:
+        can = can & (tl.exp2((top - best) * scale) >= min_p)
     place = tl.cumsum(can.to(tl.int32), 0) - 1
     tl.store(BOUND + row, bound.to(tl.int32))
     tl.store(LIST + row.to(tl.int64) * groups + place, group, mask=can)
@@ -508,9 +510,10 @@ def distributions(
     bound, listed = (new(rows, dtype=torch.int32) for _ in range(2))
     lists = new(rows, groups, dtype=torch.int32)
     has = {"TOP_K": cuts.top_k > 0, "TOP_P": cuts.top_p < 1, "SHIFT": shift(logits.dtype)}
+    early = cuts.min_p > 0 and cuts.top_p == 1  # a share is of what min-p has not yet cut
     _bound_kernel[(rows,)](
         out.peaks, sums, tops, shares, out.best, out.norm, bound, lists, listed,
-        chunks, groups, cuts.scale, cuts.top_k, cuts.top_p,
+        chunks, groups, cuts.scale, cuts.top_k, cuts.top_p, cuts.min_p, MIN_P=early,
         CHUNK=chunk, CP=_lanes(chunks), GROUP=GROUP, GP=_lanes(groups), num_warps=8, **has, **OFF,
     )  # fmt: skip
     parts = min(MOST_PARTS, _parts(rows, chunks, device))
@@ -522,9 +525,7 @@ def distributions(
     _gather_kernel[(rows * parts,)](
         logits, logits.stride(0), out.best, bound, lists, listed, values, names, counts,
         vocab, groups, parts, room, cuts.scale, cuts.min_p,
-        # A share is of what min-p has not yet cut.
-        MIN_P=cuts.min_p > 0 and cuts.top_p == 1, SHIFT=shift(logits.dtype), GROUP=GROUP,
-        MANY=64, num_warps=4, **OFF,
+        MIN_P=early, SHIFT=shift(logits.dtype), GROUP=GROUP, MANY=64, num_warps=4, **OFF,
     )  # fmt: skip
     _cut_kernel[(rows,)](
         logits, logits.stride(0), values, names, counts, out.best, out.norm, bound,
