@@ -115,10 +115,15 @@ class FusedModel:
     Args:
         model: one that `unfit` says nothing against. Its parameters become views of packed ones.
         calls: what its attention layers ask for, in order.
+        graphs: passes are captured: products of few rows are ours then, which take the GPU less
+            time than cuBLAS's, but the host longer to launch.
     """
 
-    def __init__(self, model: PreTrainedModel, calls: Sequence[AttentionCall]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, calls: Sequence[AttentionCall], *, graphs: bool
+    ) -> None:
         self.model = model
+        self.graphs = graphs
         self.family = FAMILIES[type(model).__name__]
         body: Any = model.model
         self.embeddings: nn.Module = body.embed_tokens
@@ -187,6 +192,8 @@ class FusedModel:
         """[kept rows, V] logits; see `Target.forward`."""
         from specdec.kernels import layers  # needs Triton
 
+        graphs = self.graphs and taps is None
+
         hidden = self.embeddings(tokens)
         if self.embedding_multiplier != 1.0:
             hidden = hidden * self.embedding_multiplier
@@ -199,10 +206,10 @@ class FusedModel:
             given = self._enter(hidden, branch, layer.before_attention)
             if taps is not None:
                 taps.see(index, hidden, layers=len(self.layers))
-            value = self._attend(layer, given, plan, pool, index, cos, sin, backend)
+            value = self._attend(layer, given, plan, pool, index, cos, sin, backend, graphs)
             branch = Branch(value, layer.after_attention, layer.multiplier)
             given = self._enter(hidden, branch, layer.before_mlp)
-            branch = Branch(self._mlp(layer, given), layer.after_mlp, layer.multiplier)
+            branch = Branch(self._mlp(layer, given, graphs), layer.after_mlp, layer.multiplier)
         out = self._enter(hidden, branch, self.norm)
         if taps is not None:
             taps.see(len(self.layers), out, layers=len(self.layers))
@@ -243,6 +250,7 @@ class FusedModel:
         cos: Tensor,
         sin: Tensor,
         backend: Backend,
+        graphs: bool,
     ) -> Tensor:
         from specdec.kernels import layers, moves  # need Triton
 
@@ -250,7 +258,7 @@ class FusedModel:
         query_heads, kv_heads, value_dim = layer.heads
         key_dim = pages.keys.shape[3]
         widths = query_heads * key_dim, kv_heads * key_dim, kv_heads * value_dim
-        packed = _linear(given, layer.qkv)
+        packed = _linear(given, layer.qkv, graphs)
         if layer.query_norm is not None and layer.key_norm is not None:
             layers.norm_heads(
                 packed, layer.query_norm, layer.key_norm, widths[:2], self.family.kind
@@ -275,33 +283,33 @@ class FusedModel:
             softcap=layer.softcap,
             backend=backend,
         )
-        return _summed(out.flatten(1), layer.out)
+        return _summed(out.flatten(1), layer.out, graphs)
 
-    def _mlp(self, layer: Layer, given: Tensor) -> Tensor:
+    def _mlp(self, layer: Layer, given: Tensor, graphs: bool) -> Tensor:
         from specdec.kernels import layers, products  # need Triton
 
         gate_up = layer.gate_up
-        if products.fits(given, gate_up.weight):
+        if graphs and products.fits(given, gate_up.weight):
             gated = products.gated(given, gate_up.weight, gate_up.bias, self.activation)
         else:
             gated = layers.gate(F.linear(given, gate_up.weight, gate_up.bias), self.activation)
-        return _summed(gated, layer.down)
+        return _summed(gated, layer.down, graphs)
 
 
-def _linear(given: Tensor, layer: Packed) -> Tensor:
+def _linear(given: Tensor, layer: Packed, graphs: bool) -> Tensor:
     """[R, N] of [R, K]."""
     from specdec.kernels import products  # needs Triton
 
-    if products.fits(given, layer.weight):
+    if graphs and products.fits(given, layer.weight):
         return products.product(given, layer.weight, layer.bias)
     return F.linear(given, layer.weight, layer.bias)
 
 
-def _summed(given: Tensor, layer: Packed) -> Tensor:
+def _summed(given: Tensor, layer: Packed, graphs: bool) -> Tensor:
     """[R, N] of [R, K], or [S, R, N] float32, parts of it that `add_norm` adds."""
     from specdec.kernels import products  # needs Triton
 
-    if layer.bias is None and products.fits(given, layer.weight):
+    if graphs and layer.bias is None and products.fits(given, layer.weight):
         return products.product_parts(given, layer.weight)
     return F.linear(given, layer.weight, layer.bias)
 

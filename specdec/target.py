@@ -143,7 +143,9 @@ class Target:
             if self.unfit is None and self.fused.current:
                 return
             self.fused.forget()  # there may be no room for two
-        self.fused = None if self.unfit else FusedModel(self.model, self._calls)
+        self.fused = None
+        if not self.unfit:
+            self.fused = FusedModel(self.model, self._calls, graphs=self.capture)
 
     def unpack(self) -> None:
         """Lets the model's parameters lie where they would without a wrapper."""

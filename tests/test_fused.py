@@ -23,7 +23,7 @@ import specdec
 from specdec import UnsupportedModel
 from specdec.batch import TreeBatch
 from specdec.fused import ACTIVATIONS, FAMILIES, FusedModel, unfit
-from specdec.kernels import layers
+from specdec.kernels import layers, products
 from specdec.target import Target
 from specdec.testing import TINY, tiny_model
 from specdec.tree import TokenTree
@@ -82,6 +82,24 @@ def test_logits_are_those_of_transformers(name: str) -> None:
     model = tiny_model(name, **{**ONE, **CASES[name]})
     expected = logits(target(model, "transformers"))
     assert far(logits(target(model)), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_so_are_they_with_products_of_ours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def fits(given: Tensor, weight: Tensor) -> bool:  # the interpreter computes in float32, too
+        taken.append(weight.shape)
+        return True
+
+    model = tiny_model(name, **{**ONE, **CASES[name]})
+    expected = logits(target(model, "transformers"))
+    monkeypatch.setattr(products, "fits", fits)
+    assert far(logits(target(model)), expected) < 1e-5
+    assert taken
+    taken.clear()
+    logits(Target(model, layers="fused", backend="sdpa", capture=False))
+    assert not taken, "launching them takes the host longer"
 
 
 def without(**changes: Any) -> Callable[[FusedModel], None]:
