@@ -23,7 +23,7 @@ import specdec
 from specdec import UnsupportedModel
 from specdec.batch import TreeBatch
 from specdec.fused import ACTIVATIONS, FAMILIES, FusedModel, unfit
-from specdec.kernels import layers
+from specdec.kernels import layers, products
 from specdec.target import Target
 from specdec.testing import TINY, tiny_model
 from specdec.tree import TokenTree
@@ -82,6 +82,28 @@ def test_logits_are_those_of_transformers(name: str) -> None:
     model = tiny_model(name, **{**ONE, **CASES[name]})
     expected = logits(target(model, "transformers"))
     assert far(logits(target(model)), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["Qwen2", "Granite", "Gemma2", "Olmo2"])
+def test_products_of_few_rows_stand_in_for_those_of_torch(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With biases, and with sums in parts under multipliers and norms of a branch."""
+    model = tiny_model(name, **{**ONE, **CASES[name]}).half()
+    expected = logits(target(model, "transformers"))
+    parts: list[int] = []
+    product_parts = products.product_parts
+
+    def counted(given: Tensor, weight: Tensor) -> Tensor:
+        found = product_parts(given, weight)
+        parts.append(len(found))
+        return found
+
+    monkeypatch.setattr(products, "fits", lambda _given, _weight: True)
+    monkeypatch.setattr(products, "BLOCK_K", 16)
+    monkeypatch.setattr(products, "product_parts", counted)
+    assert far(logits(target(model)), expected) < 1e-2
+    assert max(parts) > 1
 
 
 def without(**changes: Any) -> Callable[[FusedModel], None]:
