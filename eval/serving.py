@@ -54,7 +54,7 @@ PASS = 8192
 """Rows of one pass, here and there: prompts are a load to get through, nobody waits for a token."""
 PROFILED = 5
 """Decoding steps that are profiled, behind as many that are not."""
-ATTENTION = ("_attend_kernel", "_merge_kernel")
+ATTENTION = ("attend_kernel", "_merge_kernel")
 LOOP = (
     *("_draft_kernel", "_place_kernel", "_requests", "_items", "_tables"),
     *("reduce_kernel", "argmax", "_accept_kernel", "_move_kernel"),

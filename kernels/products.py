@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from specdec.kernels.ahead import bring, dependent
 from specdec.kernels.layers import ACTIVATIONS, UNFUSED, Activation, activated
+from specdec.kernels.tiles import RESERVED
 
 MOST_ROWS = 64
 """From there on arithmetic counts, and cuBLAS has the better kernels."""
@@ -121,10 +122,7 @@ def product_parts(given: Tensor, weight: Tensor) -> Tensor:
     processors = 6
     if given.is_cuda:
         processors = torch.cuda.get_device_properties(given.device).multi_processor_count
-    blocks = triton.cdiv(outputs, _block(outputs))
-    parts = 1
-    while 2 * parts * blocks <= processors and inputs >= 4 * parts * BLOCK_K:
-        parts *= 2
+    parts = _parts(outputs, inputs, processors)
     out = given.new_empty(parts, len(given), outputs, dtype=torch.float32)
     _launch(given, weight, None, out)
     return out
@@ -151,6 +149,15 @@ def _block(outputs: int) -> int:
     return 64 if outputs >= 12 * 64 else 16
 
 
+def _parts(outputs: int, inputs: int, processors: int) -> int:
+    """Parts of a sum, none of them empty, so that its programs are nearly as many as processors."""
+    blocks, turns = triton.cdiv(outputs, _block(outputs)), triton.cdiv(inputs, BLOCK_K)
+    parts = 1
+    while 2 * parts * blocks <= processors and inputs >= 4 * parts * BLOCK_K:
+        parts *= 2
+    return int(triton.cdiv(turns, triton.cdiv(turns, parts)))
+
+
 def _launch(
     given: Tensor,
     weight: Tensor,
@@ -162,6 +169,10 @@ def _launch(
     outputs, parts = out.shape[-1], len(out) if out.ndim == 3 else 1
     block_m, block_n = 16 if rows <= 16 else MOST_ROWS, _block(outputs)
     held = (block_m + block_n * (1 if activation is None else 2)) * BLOCK_K * given.element_size()
+    room = SHARED_MEMORY
+    if given.is_cuda:  # less than half of that on small GPUs
+        properties = torch.cuda.get_device_properties(given.device)
+        room = min(room, properties.shared_memory_per_multiprocessor - RESERVED)
     span = triton.cdiv(inputs, parts * BLOCK_K) * BLOCK_K
     options: dict[str, Any] = {**UNFUSED, **dependent(given)}
     _product_kernel[(triton.cdiv(outputs, block_n), parts)](
@@ -170,7 +181,7 @@ def _launch(
         TensorDescriptor(weight, list(weight.shape), [inputs, 1], [block_n, BLOCK_K]),
         weight if bias is None else bias, out, rows,
         N=outputs, K=inputs, M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK_K, PARTS=parts,
-        STAGES=min(9 if block_n == 64 else 3, SHARED_MEMORY // held),
+        STAGES=min(9 if block_n == 64 else 3, room // held),
         AHEAD=min(AHEAD, inputs - (parts - 1) * span),
         HAS_BIAS=bias is not None, GATED=activation is not None,
         KIND=0 if activation is None else ACTIVATIONS.index(activation),

@@ -86,17 +86,27 @@ def test_logits_are_those_of_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_so_are_they_with_products_of_ours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = []
+    """With biases, and with sums in parts under multipliers and norms of a branch."""
+    taken, parts = [], [1]
+    product_parts = products.product_parts
 
     def fits(given: Tensor, weight: Tensor) -> bool:  # the interpreter computes in float32, too
         taken.append(weight.shape)
         return True
 
+    def counted(given: Tensor, weight: Tensor) -> Tensor:
+        found = product_parts(given, weight)
+        parts.append(len(found))
+        return found
+
     model = tiny_model(name, **{**ONE, **CASES[name]})
     expected = logits(target(model, "transformers"))
     monkeypatch.setattr(products, "fits", fits)
+    monkeypatch.setattr(products, "BLOCK_K", 16)
+    monkeypatch.setattr(products, "product_parts", counted)
     assert far(logits(target(model)), expected) < 1e-5
     assert taken
+    assert max(parts) > 1 or CASES[name].get("attention_bias")
     taken.clear()
     logits(Target(model, layers="fused", backend="sdpa", capture=False))
     assert not taken, "launching them takes the host longer"

@@ -19,8 +19,9 @@ PLACES = [
     pytest.param("cuda", torch.float16, marks=pytest.mark.gpu),
     pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
 ]
-SHAPES = [(1, 32, 40), (3, 80, 264), (17, 48, 136), (64, 800, 512)]
-"""Rows, outputs, inputs: blocks that are not full, several parts, both heights and widths."""
+SHAPES = [(1, 32, 40), (3, 80, 264), (17, 48, 136), (64, 800, 512), (2, 16, 1152)]
+"""Rows, outputs, inputs: blocks that are not full, several parts, both heights and widths, and
+inputs of which four parts would leave one empty."""
 
 
 def operands(shape: Any, device: str, dtype: torch.dtype) -> Any:
@@ -87,6 +88,20 @@ def test_the_parts_of_a_sum_are_added_to_the_residual_stream(
 def test_sums_of_few_outputs_are_divided() -> None:
     given, weight, _ = operands((1, 32, 1024), "cpu", torch.float16)
     assert products.product_parts(given, weight).shape == (2, 1, 32)
+
+
+@pytest.mark.parametrize("processors", [6, 78, 132])
+def test_no_part_of_a_sum_is_empty(processors: int) -> None:
+    found = set()
+    for outputs in (16, 576, 896, 960, 1024, 2048, 4096):
+        for inputs in range(64, 16384, 64):
+            parts = products._parts(outputs, inputs, processors)
+            turns = -(-inputs // products.BLOCK_K)
+            assert (parts - 1) * -(-turns // parts) < turns, (outputs, inputs)
+            found.add(parts)
+    assert len(found) > 2
+    # SmolLM2-360M: eight parts of three turns would be more than there is.
+    assert products._parts(960, 2560, 132) == 7
 
 
 @pytest.mark.gpu

@@ -25,7 +25,7 @@ from specdec.eval.kernel_times import kernel_times
 PARTS = {
     "draft": ("_draft_kernel",),
     "plan": ("_place_kernel", "_requests", "_items", "_tables"),
-    "attention": ("_attend_kernel", "_merge_kernel", "_rotate_kernel"),
+    "attention": ("attend_kernel", "_merge_kernel", "_rotate_kernel"),
     "norms and gates": ("_add_norm_kernel", "_norm_heads_kernel", "_gate_kernel"),
     "accept": ("reduce_kernel", "_accept_kernel", "argmax"),
     "commit": ("_move_kernel",),
