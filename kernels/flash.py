@@ -247,12 +247,12 @@ def _attend_kernel(
                     if (step == entry) & (worker < programs) & (blocks == 1):
                         near = (tile >= 0) & (first < last)
                         for part in tl.static_range(PARTS):
-                            slot = pages_at_entry[part] * PAGE + first * BLOCK_N % PAGE + tile
-                            bring(K + head * k_head, slot * k_token, near, DK)
-                            bring(V + head * v_head, slot * v_token, near, DV)
-                        slot = slots.to(tl.int64)
-                        bring(K + head * k_head, slot * k_token, slots >= 0, DK)
-                        bring(V + head * v_head, slot * v_token, slots >= 0, DV)
+                            token = pages_at_entry[part] * PAGE + first * BLOCK_N % PAGE + tile
+                            bring(K + head * k_head, token * k_token, near, DK)
+                            bring(V + head * v_head, token * v_token, near, DV)
+                        token = slots.to(tl.int64)
+                        bring(K + head * k_head, token * k_token, slots >= 0, DK)
+                        bring(V + head * v_head, token * v_token, slots >= 0, DV)
                 tl.extra.cuda.gdc_wait()
             row_request = tl.load(ROW_REQUESTS + row, mask=real, other=-2)
             at_q = Q + row[:, None].to(tl.int64) * q_row + query_head[:, None] * q_head

@@ -22,7 +22,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from specdec.kernels.ahead import bring, dependent
 from specdec.kernels.layers import ACTIVATIONS, UNFUSED, Activation, activated
-from specdec.kernels.tiles import RESERVED
 
 MOST_ROWS = 64
 """From there on arithmetic counts, and cuBLAS has the better kernels."""
@@ -83,7 +82,7 @@ def fits(given: Tensor, weight: Tensor) -> bool:
     """
     return (
         given.is_cuda
-        and torch.cuda.get_device_capability(given.device) >= (9, 0)
+        and torch.cuda.get_device_capability(given.device)[0] == 9  # Hopper; measured nowhere else
         and given.dtype == weight.dtype
         and given.dtype in (torch.float16, torch.bfloat16)
         and 0 < len(given) <= MOST_ROWS
@@ -169,10 +168,6 @@ def _launch(
     outputs, parts = out.shape[-1], len(out) if out.ndim == 3 else 1
     block_m, block_n = 16 if rows <= 16 else MOST_ROWS, _block(outputs)
     held = (block_m + block_n * (1 if activation is None else 2)) * BLOCK_K * given.element_size()
-    room = SHARED_MEMORY
-    if given.is_cuda:  # less than half of that on small GPUs
-        properties = torch.cuda.get_device_properties(given.device)
-        room = min(room, properties.shared_memory_per_multiprocessor - RESERVED)
     span = triton.cdiv(inputs, parts * BLOCK_K) * BLOCK_K
     options: dict[str, Any] = {**UNFUSED, **dependent(given)}
     _product_kernel[(triton.cdiv(outputs, block_n), parts)](
@@ -181,7 +176,7 @@ def _launch(
         TensorDescriptor(weight, list(weight.shape), [inputs, 1], [block_n, BLOCK_K]),
         weight if bias is None else bias, out, rows,
         N=outputs, K=inputs, M=block_m, BLOCK_N=block_n, BLOCK_K=BLOCK_K, PARTS=parts,
-        STAGES=min(9 if block_n == 64 else 3, room // held),
+        STAGES=min(9 if block_n == 64 else 3, SHARED_MEMORY // held),
         AHEAD=min(AHEAD, inputs - (parts - 1) * span),
         HAS_BIAS=bias is not None, GATED=activation is not None,
         KIND=0 if activation is None else ACTIVATIONS.index(activation),
