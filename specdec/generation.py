@@ -7,7 +7,10 @@ every option means what it means there, and one that is not supported is refused
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+import atexit
+import weakref
+from collections.abc import Generator, Hashable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -374,8 +377,28 @@ class Step:
     """With either, [tokens, V] logits by row."""
 
 
+_STREAMS: weakref.WeakSet[Generator[Step, None, None]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_streams() -> None:
+    """Ends streams that were left before their end while everything is still there to end them.
+
+    Where that is left to the interpreter's shutdown, torch aborts the process.
+    """
+    for steps in list(_STREAMS):
+        with suppress(ValueError):  # another thread is in it
+            steps.close()
+
+
 def stream(engine: Engine, requests: Sequence[Request]) -> Iterator[Step]:
     """Runs the engine and yields every step by row."""
+    steps = _steps(engine, requests)
+    _STREAMS.add(steps)
+    return steps
+
+
+def _steps(engine: Engine, requests: Sequence[Request]) -> Generator[Step, None, None]:
     rows = {id(request): row for row, request in enumerate(requests)}
     for emissions in engine.run(requests):
         by_row: dict[int, Emission] = {rows[id(e.request)]: e for e in emissions}

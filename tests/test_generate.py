@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -357,6 +359,19 @@ def test_a_streamer_gets_the_prompt_and_every_token_once(model: Any, prompts: Te
     with pytest.raises(ValueError, match=r"streamer: expected a batch of one, got 3 rows"):
         wrap(model, prompts).generate(prompts, streamer=recorder)
     assert recorder.ended == 2, "whoever reads from it does not wait for ever"
+
+
+def test_a_program_may_end_in_the_middle_of_a_stream() -> None:
+    program = """
+import torch
+import specdec
+from specdec.testing import tiny_model
+
+steps = specdec.wrap(tiny_model("Llama"), "ngram").stream(torch.arange(1, 20)[None])
+next(steps)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_stream_yields_steps_and_may_be_left_early(model: Any, prompts: Tensor) -> None:
