@@ -118,6 +118,7 @@ class Engine:
                     done = [e.request for e in emissions if e.request.finished]
                     if done:
                         self._account()
+                        scheduler.admit()  # who waits for the prompt of one of them has it now
                     for request in done:
                         scheduler.finish(request)
             except BaseException as error:

@@ -189,3 +189,24 @@ def test_requests_that_were_preempted_go_on_with_it(hf_model: Any) -> None:
     assert stats.tokens == 90
     assert stats.tokens == stats.first_tokens + stats.steps + stats.accepted
     nothing_left(model)
+
+
+@pytest.mark.parametrize("length", [PAGE // 2, 2 * PAGE + 5])
+@pytest.mark.parametrize("ends", ["limit", "token"])
+def test_equal_prompts_are_computed_once_also_where_the_first_token_ends_them(
+    hf_model: Any, passes: list[int], length: int, ends: str
+) -> None:
+    """The first of them is over when the others may be forked from it."""
+    model: Any = specdec.wrap(hf_model, page_size=PAGE)
+    prompt = random_text(length)
+    token = greedy(hf_model, prompt, 1)
+    limits: dict[str, Any] = {"limit": {"max_new_tokens": 1}, "token": {"eos_token_id": token}}
+    ids = torch.tensor([prompt])
+    mask = torch.ones_like(ids)
+    out = model.generate(
+        ids, attention_mask=mask, do_sample=True, top_k=1, num_return_sequences=5, **limits[ends]
+    )
+    assert out.tolist() == [prompt + token] * 5
+    assert len(passes) == 2
+    assert passes[0] == length
+    nothing_left(model)
