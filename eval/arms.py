@@ -32,6 +32,7 @@ class Generation:
 
     tokens: list[int]
     steps: int
+    """Passes of the target behind the prefill."""
     seconds: dict[str, float]
     prefill: float
     """Seconds of it."""
@@ -133,8 +134,9 @@ class OwnArm(Arm):
             stats.steps,
             {**stats.seconds, "total": total},
             stats.seconds.get("prefill", 0.0),
+            first=stats.first_tokens,
             stats=stats,
-            counts=count(watched.notes, len(tokens)),
+            counts=count(watched.notes, stats.first_tokens, len(tokens)),
             observed=observed,
         )
 
@@ -192,7 +194,7 @@ class TransformersArm(Arm):
         prefill = clock.first_at - start
         return Generation(
             out[0, ids.shape[1] :].tolist(),
-            clock.steps,
+            clock.passes - 1,
             {"prefill": prefill, "total": total},
             prefill,
             first=min(clock.first_length - ids.shape[1], out.shape[1] - ids.shape[1]),
@@ -204,11 +206,11 @@ class Clock(StoppingCriteria):
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
-        self.steps, self.first_at, self.first_length = 0, 0.0, 0
+        self.passes, self.first_at, self.first_length = 0, 0.0, 0
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        self.steps += 1
-        if self.steps == 1:
+        self.passes += 1
+        if self.passes == 1:
             self.first_at, self.first_length = self.lab.now(), input_ids.shape[1]
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 

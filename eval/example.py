@@ -88,7 +88,7 @@ def _row(
     accepted: dict[int, int] = {}
     offered: dict[int, int] = {}
     taken: dict[int, int] = {}
-    known, steps = 0, 0
+    known, steps = 1, 0  # the first token comes with the prefill
     while known < new:
         steps, depth = steps + 1, 0
         while nodes > 1 + depth and known + depth + 1 < new:
@@ -110,7 +110,7 @@ def _row(
     if ours:
         seconds |= {"draft": draft, "forward": forward, "accept": 0.01 * forward, "commit": 0.0}
     classes = [TOKEN_CLASSES[token % len(TOKEN_CLASSES)] for token in text]
-    drafted = [place for place in range(new) if draw.random() < 1 - steps / new]
+    drafted = [place for place in range(1, new) if draw.random() < 1 - steps / new]
     return Row(
         configuration=configuration.name,
         suite="example",
@@ -120,12 +120,12 @@ def _row(
         seed=0,
         prompt_tokens=100,
         new_tokens=new,
-        decode_tokens=new if ours else new - 1,
+        decode_tokens=new - 1,
         steps=steps,
         seconds=seconds,
         decode_seconds=seconds["total"] - seconds["prefill"],
         drafted=steps * (nodes - 1) if ours else None,
-        accepted=new - steps if ours else None,
+        accepted=new - 1 - steps if ours else None,
         reached_by_depth=reached if ours else {},
         accepted_by_depth=accepted if ours else {},
         offered_by_rank=offered if ours else {},

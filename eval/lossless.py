@@ -4,7 +4,8 @@
 
 Every configuration runs the same prompts. Its tokens must equal those of transformers; a first
 difference is excused only where the model's two best logits lie within 1e-4 of each other. Tokens
-per step stand beside those of transformers' prompt lookup, which counts one step a forward.
+per step stand beside those of transformers' prompt lookup. Both count every pass that gave tokens,
+that over the prompt, too.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Tally:
 
     tokens: int = 0
     steps: int = 0
+    """Passes that gave tokens, those over prompts included."""
     prompts: int = 0
     equal: int = 0
     near_ties: int = 0

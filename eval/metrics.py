@@ -62,7 +62,7 @@ METRICS: dict[str, Metric] = {
             "tokens per step",
             "tokens",
             "higher",
-            lambda row: row.new_tokens,
+            lambda row: row.decode_tokens,
             lambda row: row.steps,
             timed=False,
         ),

@@ -61,13 +61,14 @@ class Counts:
     """Places of new tokens that had been drafted."""
 
 
-def count(notes: Sequence[Observation], new_tokens: int) -> Counts:
+def count(notes: Sequence[Observation], first_tokens: int, new_tokens: int) -> Counts:
     """Counts the steps of one sequence, which ended after `new_tokens`.
 
-    What the last step accepted behind the end of the text does not count, nor does the node where
-    the text ended: it was not asked for a child.
+    A drafter is not told of the `first_tokens`, which came with the prefill before all steps. What
+    the last step accepted behind the end of the text does not count, nor does the node where the
+    text ended: it was not asked for a child.
     """
-    counts, known = Counts(), 0
+    counts, known = Counts(), first_tokens
     for note in notes:
         (path,) = note.paths
         kept = min(len(note.tokens[0]), new_tokens - known)

@@ -22,7 +22,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-SCHEMA = 1
+SCHEMA = 2
 
 PLAIN = "plain"
 """The name of the baseline: our own loop with an empty tree. Every run has it."""
@@ -142,11 +142,9 @@ class Row:
     prompt_tokens: int
     new_tokens: int
     decode_tokens: int
-    """New tokens that `decode_seconds` was spent on: all of our own loop, which prefills up to the
-    last token of the prompt; without those of the first pass for transformers, whose prefill
-    gives the first token."""
+    """New tokens that `decode_seconds` was spent on: without those that came with the prefill."""
     steps: int
-    """Passes of the target that gave new tokens."""
+    """Passes of the target behind the prefill; they gave the `decode_tokens`."""
     seconds: dict[str, float]
     """By phase (`PHASES`), and `total`, the wall time of the call."""
     decode_seconds: float

@@ -74,7 +74,7 @@ class Row:
     """New ones, or for `prefill` those of the prompts, without padding."""
     prefilled: int = 0
     first: float | None = None
-    """Seconds until all requests decode."""
+    """Seconds until all requests decode; those that were computed have their first token then."""
     step_ms: float | None = None
     """Of one decoding step of all requests together."""
     attention_ms: float | None = None

@@ -41,6 +41,7 @@ class Acceptance:
     """What steps would do, as sums over some texts."""
 
     tokens: float
+    """That steps give: without the first ones, which come with prompts."""
     steps: float
     tree_sizes: Mapping[int, float]
     """By number of nodes: steps."""
@@ -61,22 +62,20 @@ class Acceptance:
 def replay(
     drafter: SequenceDrafter,
     nodes: int,
-    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
-    max_new_tokens: int,
+    texts: Sequence[tuple[Sequence[int], Sequence[int], int]],
 ) -> Acceptance:
     """Drafts along known texts.
 
     Args:
         drafter: looks at one sequence at a time.
         nodes: its budget, the root included.
-        texts: prompt and new tokens of each.
-        max_new_tokens: of the run: drafts behind it are not made.
+        texts: of each what is known when steps begin, what they give, and how long it may become:
+            drafts behind that are not made.
     """
     sizes: Counter[int] = Counter()
     tokens, context = 0, 0
-    for prompt, answer in texts:
-        text, known = [*prompt, *answer], len(prompt)
-        limit = len(prompt) + max_new_tokens
+    for begin, answer, limit in texts:
+        text, known = [*begin, *answer], len(begin)
         while known < len(text):
             tree = drafter.draft(text[:known], nodes).cut(depth=max(0, limit - known - 1))
             taken = min(_matched(tree.tokens.tolist(), tree.parents.tolist(), text, known) + 1,
@@ -123,9 +122,10 @@ def expected(topology: Topology, rows: Sequence[Row]) -> Acceptance:
         rate = ranks.get(children[parent], 0.0) * depths.get(topology.depths[node], deepest)
         children[parent] += 1
         chance.append(chance[parent] * min(1.0, rate))
-    new = sum(row.new_tokens for row in rows)
+    new = sum(row.decode_tokens for row in rows)
     steps = new / sum(chance)
-    context = sum(row.new_tokens * (row.prompt_tokens + row.new_tokens / 2) for row in rows) / new
+    around = sum(row.decode_tokens * (row.prompt_tokens + row.new_tokens / 2) for row in rows)
+    context = around / new
     return Acceptance(new, steps, {len(topology): steps}, steps * context, len(rows))
 
 
@@ -185,11 +185,11 @@ def predict(
     )
     # What the host does for a text, it does for one after the other.
     speed = batch * acceptance.tokens / (seconds + batch * acceptance.texts * time.text)
-    new = sum(r.new_tokens for r in rows)
-    around = sum((r.prompt_tokens + r.new_tokens / 2) * r.new_tokens for r in rows) / new
+    new = sum(r.decode_tokens for r in rows)
+    around = sum((r.prompt_tokens + r.new_tokens / 2) * r.decode_tokens for r in rows) / new
     alone = new * time.step(1, around, batch) + batch * len(rows) * time.text
     plain = batch * new / alone
-    answers = sum(r.new_tokens for r in rows) / len(rows)
+    answers = new / len(rows)
     prompts = sum(r.prompt_tokens for r in rows) / len(rows)
     # All prompts that are computed while a request runs make it wait: one for each that ends.
     latency = batch * answers / speed + batch * prompts * time.prefill
@@ -295,12 +295,14 @@ def _acceptances(
                 f"--drafter: {drafter} looks at more than the tokens of one sequence, so its "
                 "drafts cannot be replayed without the model"
             )
-        found[tree] = replay(made, nodes, texts, run.settings["max_new_tokens"])
+        found[tree] = replay(made, nodes, texts)
     return found
 
 
-def _texts(run: Run, rows: Sequence[Row], target: str) -> list[tuple[Sequence[int], Sequence[int]]]:
-    """Prompt and answer of every plain row."""
+def _texts(
+    run: Run, rows: Sequence[Row], target: str
+) -> list[tuple[Sequence[int], Sequence[int], int]]:
+    """Every plain row as `replay` takes it."""
     suites = load_suites(run.grid["suites"], run.settings["limit"])
     if [suite.to_dict() for suite in suites] != [dict(suite) for suite in run.suites]:
         raise ValueError("the prompts of the run's suites have changed since it began")
@@ -310,7 +312,12 @@ def _texts(run: Run, rows: Sequence[Row], target: str) -> list[tuple[Sequence[in
         for suite in suites
         for prompt in suite.prompts
     }
-    return [(prompts[row.suite, row.prompt], row.tokens) for row in rows]
+    texts: list[tuple[Sequence[int], Sequence[int], int]] = []
+    for row in rows:
+        prompt, first = prompts[row.suite, row.prompt], row.new_tokens - row.decode_tokens
+        limit = len(prompt) + run.settings["max_new_tokens"]
+        texts.append(([*prompt, *row.tokens[:first]], row.tokens[first:], limit))
+    return texts
 
 
 def prediction_table(found: Sequence[Prediction]) -> Table:

@@ -130,6 +130,27 @@ class TreeBatch:
         return tuple(upload(rows, self.device) for rows in self._shape[1])
 
     @classmethod
+    def roots(cls, tokens: Tensor) -> TreeBatch:
+        """Trees of one node.
+
+        Args:
+            tokens: [B] int64.
+        """
+        return cls(
+            tokens=tokens,
+            parents=torch.full_like(tokens, -1),
+            depths=torch.zeros_like(tokens),
+            ancestors=torch.ones_like(tokens, dtype=torch.int32)[:, None],
+            laws=torch.full_like(tokens, ProposalLaw.DETERMINISTIC, dtype=torch.int8),
+            draft_probs=None,
+            sizes=(1,) * len(tokens),
+            laws_used=frozenset({ProposalLaw.DETERMINISTIC}),
+            max_depth=0,
+            max_children=0,
+            host_parents=(-1,) * len(tokens),
+        )
+
+    @classmethod
     def pack(
         cls, trees: Sequence[TokenTree], *, vocab_size: int, device: torch.device | str = "cpu"
     ) -> TreeBatch:

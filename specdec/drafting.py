@@ -216,7 +216,10 @@ class Drafter(ABC):
         """
 
     def observe(self, observation: Observation) -> None:  # noqa: B027 - optional
-        """The target has verified the trees last proposed for these sequences."""
+        """The target has verified the trees last proposed for these sequences.
+
+        A token that comes with the pass over a prompt is not told: nothing was proposed for it.
+        """
 
     def end(self, sequences: Sequence[int]) -> None:  # noqa: B027 - optional
         """Sequences are over, finished or not; may name some that never began."""
@@ -265,19 +268,8 @@ class NoDraft(Drafter):
         return RootsOnly()
 
     def propose(self, context: DraftContext, nodes: int) -> TreeBatch:
-        roots = upload([tokens[-1] for tokens in context.tokens], context.device)
-        return TreeBatch(
-            tokens=roots,
-            parents=torch.full_like(roots, -1),
-            depths=torch.zeros_like(roots),
-            ancestors=torch.ones_like(roots, dtype=torch.int32)[:, None],
-            laws=torch.full_like(roots, ProposalLaw.DETERMINISTIC, dtype=torch.int8),
-            draft_probs=None,
-            sizes=(1,) * len(roots),
-            laws_used=frozenset({ProposalLaw.DETERMINISTIC}),
-            max_depth=0,
-            max_children=0,
-        )
+        last = [tokens[-1] for tokens in context.tokens]
+        return TreeBatch.roots(upload(last, context.device))
 
 
 class Filling:

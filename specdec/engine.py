@@ -39,7 +39,8 @@ class Engine:
     """Runs requests through one target.
 
     Invariant between steps: a request that decodes has exactly the tokens before the root, which is
-    the last known token, in its cache. So the first step speculates like any other.
+    the last known token, in its cache. The pass that computes the end of a prompt has the root as
+    well, and emits what follows it; the token emitted is the root of the first step.
 
     Args:
         target: the model and its cache.
@@ -211,13 +212,13 @@ class Engine:
         try:
             with self._watch.phase("draft"):
                 proposals = [self._propose(lane) for lane in lanes]
-            load = Load(lanes, proposals, pieces, self.target.device)
+            arrived = [request for request, count in pieces if count > request.missing]
+            load = Load(lanes, proposals, pieces, self._grouped(arrived), self.target.device)
             leased = self.target.cache.speculate(load.sequences, load.rows)
         except OutOfPages as error:  # of a drafter's own cache, or trees deeper than was asked for
             self._begin_again(lanes, error)
             return []
         with leased as lease:
-            starts = lease.lengths
             plan = load.plan(lease)
             policies = [
                 *(lane.policy for lane in lanes),
@@ -231,17 +232,20 @@ class Engine:
             with self._watch.phase("draft"):
                 filling.fill(tokens, plan, lease)
             with self._watch.phase("accept"):
-                judged = self._verify(load, logits, starts)
+                judged = self._verify(load, logits)
             with self._watch.phase("commit"):
-                lease.commit(stacked([judgement.outcome.paths for judgement in judged]))
-        decided = [read(*pair) for pair in zip(proposals, judged, strict=True)]
-        for lane, verdict in zip(lanes, decided, strict=True):
+                paths = [judgement.outcome.paths for judgement in judged[: len(lanes)]]
+                lease.commit(stacked(paths))
+        decided = [read(*pair) for pair in zip(load.trees, judged, strict=True)]
+        for lane, verdict in zip(lanes, decided, strict=False):
             self._check_roots(lane, verdict.tokens)
-        kept = [len(path) for verdict in decided for path in verdict.paths]
+        kept = [len(path) for verdict in decided[: len(lanes)] for path in verdict.paths]
         lease.settle([*kept, *(count for _, count in pieces)])
         self.scheduler.prefilled(pieces)
-        parts = zip(lanes, proposals, judged, decided, strict=True)
-        return [emission for part in parts for emission in self._emit(*part)]
+        given: list[Emission] = []
+        for place, part in enumerate(zip(load.judged, load.trees, judged, decided, strict=True)):
+            given += self._emit(*part, proposed=place < len(lanes))
+        return given
 
     def _grounded(self, lanes: Sequence[Lane], lane: Lane | None) -> str | None:
         """Why the next pass cannot be captured; None if it can."""
@@ -297,17 +301,17 @@ class Engine:
             emissions.append(emission)
         return emissions
 
-    def _verify(self, load: Load, logits: Tensor, starts: Tensor) -> list[Judgement]:
-        """What the rule of each lane keeps of its trees; the lanes' rows come first, in order."""
-        judged, row, line = [], 0, 0
-        for lane, trees in zip(load.lanes, load.proposals, strict=True):
-            here, roots = logits[row:][: len(trees.tokens)], starts[line:][: len(lane.requests)]
-            policy = lane.policy
+    def _verify(self, load: Load, logits: Tensor) -> list[Judgement]:
+        """What the rule of each lane keeps of its trees, and says behind the arrivals' roots."""
+        judged, row = [], 0
+        for lane, trees in zip(load.judged, load.trees, strict=True):
+            here, policy = logits[row:][: len(trees.tokens)], lane.policy
             texts = [Text((*r.padding, *r.tokens), r.row) for r in lane.requests]
-            noise = Noise(lane.seeds, roots + 1)
+            places = upload([len(r.tokens) for r in lane.requests], self.target.device)
+            noise = Noise(lane.seeds, places)
             keep = policy.keep or policy.observer is not None
             judged.append(judge(policy.rule, policy.sampler, here, trees, texts, noise, keep=keep))
-            row, line = row + len(here), line + len(roots)
+            row += len(here)
         return judged
 
     def _make_room(self) -> list[tuple[Request, int]]:
@@ -353,13 +357,15 @@ class Engine:
     def _current_lanes(self) -> list[Lane]:
         scheduler = self.scheduler
         if self._lanes_of != scheduler.changes:
-            members: dict[int, list[Request]] = {}
-            for request in scheduler.running:
-                if not request.missing:
-                    members.setdefault(id(scheduler.policy_of(request)), []).append(request)
-            self._lanes = [self._lane(requests) for requests in members.values()]
+            self._lanes = self._grouped([r for r in scheduler.running if not r.missing])
             self._lanes_of = scheduler.changes
         return self._lanes
+
+    def _grouped(self, requests: Sequence[Request]) -> list[Lane]:
+        members: dict[int, list[Request]] = {}
+        for request in requests:
+            members.setdefault(id(self.scheduler.policy_of(request)), []).append(request)
+        return [self._lane(same) for same in members.values()]
 
     def _lane(self, requests: list[Request]) -> Lane:
         device = self.target.device
@@ -385,8 +391,10 @@ class Engine:
         trees: TreeBatch,
         judgement: Judgement,
         verdict: Verdict,
+        *,
+        proposed: bool,
     ) -> list[Emission]:
-        """Tells the drafter and the requests what became of their trees."""
+        """Tells the requests, and the drafter if it proposed them, what became of their trees."""
         paths, continued = verdict.paths, verdict.continued
         for index, request in enumerate(lane.requests):
             token = verdict.tokens[index][-1]
@@ -398,7 +406,8 @@ class Engine:
             for request, line in zip(lane.requests, verdict.tokens, strict=True)
         )
         observation = Observation(lane.numbers, trees, paths, new)
-        lane.policy.drafter.observe(observation)
+        if proposed:
+            lane.policy.drafter.observe(observation)
         emissions = []
         for index, request in enumerate(lane.requests):
             request.cached += len(paths[index])
@@ -410,12 +419,15 @@ class Engine:
                 rows = [start + node for node in paths[index][: len(taken)]]
                 scores, logits = judgement.of(upload(rows, self.target.device))
                 emission = replace(emission, scores=scores, logits=logits)
-            self.stats.add_step(
-                drafted=emission.drafted,
-                accepted=emission.accepted,
-                continued=continued[index] and len(taken) == len(new[index]),
-                tokens=len(taken),
-            )
+            if proposed:
+                self.stats.add_step(
+                    drafted=emission.drafted,
+                    accepted=emission.accepted,
+                    continued=continued[index] and len(taken) == len(new[index]),
+                    tokens=len(taken),
+                )
+            else:
+                self.stats.add_first(tokens=len(taken))
             emissions.append(emission)
         if lane.policy.observer is not None:
             lane.policy.observer(Verified(observation, judgement.scores, emissions))

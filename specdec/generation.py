@@ -351,7 +351,10 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
 
 @dataclass(frozen=True)
 class Step:
-    """One step of `stream`: what each row of the batch received."""
+    """One step of `stream`: what each row of the batch received.
+
+    The pass that ends prompts is one, too: their rows get their first token, with nothing drafted.
+    """
 
     tokens: dict[int, list[int]]
     """New tokens by row; rows that are finished are absent."""

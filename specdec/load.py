@@ -1,4 +1,8 @@
-"""What one pass of the model carries: trees of several lanes, then pieces of prompts."""
+"""What one pass of the model carries: trees of several lanes, then pieces of prompts.
+
+A piece that ends with its request's last known token, the root, is an *arrival*: the logits behind
+it are judged as those of a tree of one node, so that the pass also gives the next token.
+"""
 
 from __future__ import annotations
 
@@ -55,12 +59,25 @@ class Lane:
 
 @dataclass(frozen=True)
 class Load:
-    """The rows of one pass: the trees of each lane, then (request, tokens to prefill)."""
+    """The rows of one pass: the trees of each lane, then (request, tokens to compute)."""
 
     lanes: Sequence[Lane]
     proposals: Sequence[TreeBatch]
     pieces: Sequence[tuple[Request, int]]
+    arrivals: Sequence[Lane]  # the requests whose piece has their root
     device: torch.device
+
+    @property
+    def judged(self) -> list[Lane]:
+        """The requests that the pass gives tokens."""
+        return [*self.lanes, *self.arrivals]
+
+    @cached_property
+    def trees(self) -> list[TreeBatch]:
+        """What is judged of each lane in `judged`; the logits of these rows come first."""
+        lasts = [[request.tokens[-1] for request in lane.requests] for lane in self.arrivals]
+        roots = [TreeBatch.roots(upload(tokens, self.device)) for tokens in lasts]
+        return [*self.proposals, *roots]
 
     @property
     def sequences(self) -> list[int]:
@@ -84,16 +101,24 @@ class Load:
 
     @cached_property
     def keep(self) -> int | Tensor:
-        """Whose logits are needed, as `Target.forward` takes it: those of the trees."""
+        """Whose logits are needed, as `Target.forward` takes it.
+
+        Those of the trees, then of the arrivals' roots, then of prompts that are asked for.
+        """
         if not self.pieces:
             return 0
         rows = sum(len(trees.tokens) for trees in self.proposals)
-        asked = [row for _, first, count in self.asked for row in range(first, first + count)]
-        if asked:
-            return upload([*range(rows), *(rows + row for row in asked)], self.device)
+        ends, end = {}, rows - 1
+        for request, count in self.pieces:
+            end += count
+            ends[request.number] = end
+        roots = [ends[number] for lane in self.arrivals for number in lane.numbers]
+        asked = [rows + row for _, first, n in self.asked for row in range(first, first + n)]
+        if roots or asked:
+            return upload([*range(rows), *roots, *asked], self.device)
         if not self.lanes:
             return 1  # none, but models want to compute some
-        return torch.arange(rows, device=self.proposals[0].device)
+        return torch.arange(rows, device=self.device)
 
     @cached_property
     def asked(self) -> list[tuple[Request, int, int]]:
@@ -103,14 +128,15 @@ class Load:
         """
         found, row = [], 0
         for request, count in self.pieces:
-            if request.prompt_scores is not None and request.cached < request.prompt_length - 1:
-                found.append((request, row, count))
+            before_last = request.prompt_length - 1 - request.cached
+            if request.prompt_scores is not None and before_last > 0:
+                found.append((request, row, min(count, before_last)))
             row += count
         return found
 
     def score_prompts(self, logits: Tensor) -> None:
         """Hands the kept rows of prompts to who asked for them."""
-        row = sum(len(trees.tokens) for trees in self.proposals)
+        row = sum(len(trees.tokens) for trees in self.trees)
         for request, _, count in self.asked:
             assert request.prompt_scores is not None
             request.prompt_scores.add(request.cached, request.tokens, logits[row : row + count])

@@ -28,7 +28,8 @@ class Policy:
         law: to draft under, one for which the rule is legal.
         keep: whether emissions carry `scores` and `logits`.
         adaptive: whether captured steps may take smaller trees where these pay better.
-        observer: is told what became of every step, before the step is over.
+        observer: is told what became of every step, before the step is over; of the pass that ends
+            a prompt, too.
     """
 
     drafter: Drafter
@@ -125,7 +126,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Emission:
-    """What one step gave one request."""
+    """What one step, or the pass that ended its prompt, gave one request."""
 
     request: Request
     tokens: list[int]
@@ -141,7 +142,10 @@ class Emission:
 
 @dataclass(frozen=True)
 class Verified:
-    """One step of the requests of one policy: what was proposed, and what became of it."""
+    """One step of the requests of one policy: what was proposed, and what became of it.
+
+    The pass that ends prompts is told as a step in which nothing was proposed: trees of one node.
+    """
 
     observation: Observation
     """The trees, their accepted paths, and the tokens that these give."""

@@ -175,8 +175,9 @@ class Scheduler:
         size = self.cache.pool.page_size
         best, most = None, 0
         for other in self.running:
-            # Less than a page is computed as fast as it is copied.
-            if other.key != request.key or other.tokens[:size] != request.tokens[:size]:
+            # Less than a page is computed as fast as it is copied, but for equal prompts.
+            begins = other.tokens[:size], other.tokens[: min(size, other.prompt_length)]
+            if other.key != request.key or request.tokens[:size] not in begins:
                 continue
             common = _common(other.tokens, request.tokens)
             common = min(common, len(other.tokens) - 1, len(request.tokens) - 1)
@@ -191,22 +192,30 @@ class Scheduler:
         return bool(self.pieces(1))
 
     def pieces(self, room: int) -> list[tuple[Request, int]]:
-        """What to prefill in the next pass: the oldest requests, and how many tokens of each."""
+        """What to prefill in the next pass: the oldest requests, and how many tokens of each.
+
+        The last piece of a text has its root, too, if there is room: one token more than is
+        missing. A request of which only the root is left over begins to decode with it.
+        """
         if self._prefilling_of != self.changes:
             prefilling = [request for request in self.running if request.missing]
             self._prefilling = sorted(prefilling, key=lambda request: request.number)
             self._prefilling_of = self.changes
         pieces = []
         for request in self._prefilling:
-            count = min(request.missing, room)
+            count = min(request.missing + 1, room)
             if count:
                 pieces.append((request, count))
                 room -= count
         return pieces
 
     def prefilled(self, pieces: Sequence[tuple[Request, int]]) -> None:
-        """Notes what was prefilled; whole prompts are there for others from now on."""
-        for request, count in pieces:
+        """Notes what was prefilled; whole prompts are there for others from now on.
+
+        Roots do not count: like those of trees they are noted when what follows them is emitted.
+        """
+        for request, rows in pieces:
+            count = min(rows, request.missing)
             request.cached += count
             self.stats.prefilled_tokens += count
             if not request.missing:

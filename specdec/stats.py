@@ -18,6 +18,8 @@ PHASES = ("prefill", "draft", "forward", "accept", "commit", "captured", "gap")
 class GenerationStats:
     """Counts of a run. A step of a batch counts once for every sequence in it.
 
+    Steps are verifications of trees. The pass that ends a prompt gives a token, but it is none.
+
     `reached[d]` is how often a step came to a node of depth d - 1 that had children, and
     `accepted_at[d]` how often one of them was accepted.
     """
@@ -25,6 +27,9 @@ class GenerationStats:
     steps: int = 0
     tokens: int = 0
     """Tokens emitted, cut at the end of sequence or the length limit."""
+    first_tokens: int = 0
+    """Those that came with the pass that computed the end of the text before them, not with a step:
+    the first one of a request, and the next one of a request that was preempted."""
     prompt_tokens: int = 0
     prefilled_tokens: int = 0
     """Tokens that were computed before a request could decode."""
@@ -52,6 +57,7 @@ class GenerationStats:
         return GenerationStats(
             steps=self.steps + other.steps,
             tokens=self.tokens + other.tokens,
+            first_tokens=self.first_tokens + other.first_tokens,
             prompt_tokens=self.prompt_tokens + other.prompt_tokens,
             prefilled_tokens=self.prefilled_tokens + other.prefilled_tokens,
             reused_tokens=self.reused_tokens + other.reused_tokens,
@@ -82,7 +88,7 @@ class GenerationStats:
     @property
     def tokens_per_step(self) -> float:
         """Mean tokens a verification emits: accepted drafts plus the next token."""
-        return self.tokens / self.steps if self.steps else 0.0
+        return (self.tokens - self.first_tokens) / self.steps if self.steps else 0.0
 
     @property
     def acceptance_rate(self) -> float:
@@ -122,12 +128,18 @@ class GenerationStats:
         if continued:
             self.reached[accepted + 1] += 1
 
+    def add_first(self, *, tokens: int) -> None:
+        """Counts what a request got from the pass that ended its prompt."""
+        self.tokens += tokens
+        self.first_tokens += tokens
+
     def to_dict(self) -> dict[str, object]:
         """Plain numbers for JSON, the ratios included."""
         return {
             "rule": self.rule,
             "steps": self.steps,
             "tokens": self.tokens,
+            "first_tokens": self.first_tokens,
             "prompt_tokens": self.prompt_tokens,
             "prefilled_tokens": self.prefilled_tokens,
             "reused_tokens": self.reused_tokens,
@@ -155,7 +167,8 @@ class GenerationStats:
             for phase in PHASES
             if phase in self.seconds
         )
-        table.add_row("tokens", f"{self.tokens} in {self.steps} steps ({self.rule})")
+        made = f"{self.first_tokens} with prompts, the others in {self.steps} steps ({self.rule})"
+        table.add_row("tokens", f"{self.tokens}, {made}")
         table.add_row("tokens per step", f"{self.tokens_per_step:.2f}")
         table.add_row("drafted, accepted", f"{self.drafted}, {self.accepted}")
         table.add_row("acceptance by depth", by_depth or "nothing drafted")

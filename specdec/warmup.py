@@ -22,8 +22,9 @@ def warm_up(model: SpeculativeModel, *, requests: int, progress: bool) -> None:
     target = model._driven()
     calls = [(requests, ROWS[0], NEW_TOKENS)]
     if target.uncaptured is None:
-        # The longest first, so that nothing moves later. The second call captures.
-        calls = [*((1, rows, 1) for rows in reversed(ROWS) for _ in range(2)), *calls]
+        # The longest first, so that nothing moves later: neither pages nor the texts of steps, of
+        # which there is one behind the token that comes with the prompt. The second call captures.
+        calls = [*((1, rows, 2) for rows in reversed(ROWS) for _ in range(2)), *calls]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, console=err, disable=not progress, transient=True) as display:
         for call in display.track(calls, description="capturing"):
@@ -32,9 +33,9 @@ def warm_up(model: SpeculativeModel, *, requests: int, progress: bool) -> None:
 
 
 def _generate(model: SpeculativeModel, requests: int, rows: int, new: int) -> None:
-    """A call whose prompts have that many tokens each, the root not counted."""
+    """A call whose prompts have that many tokens each."""
     # Tokens that repeat themselves, so that drafters have something to draft.
-    ids = torch.arange(rows + 1, device=model.cache.device).remainder(7).expand(requests, -1)
+    ids = torch.arange(rows, device=model.cache.device).remainder(7).expand(requests, -1)
     kept, model.prefix_cache = model.prefix_cache, False  # of no use to anybody later
     try:
         model.generate(

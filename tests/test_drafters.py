@@ -83,9 +83,10 @@ def test_the_draft_cache_holds_the_committed_text_and_nothing_else() -> None:
     """With itself as the draft, chains are always accepted: one wrong key would show."""
     model: Any = tiny_model("Gemma2")
     prompts = torch.randint(1, VOCAB, (2, 7))
+    options = {**GREEDY, "max_new_tokens": 41}  # one with the prompt, then 8 chains
     wrapped: Any = specdec.wrap(model, DraftModel(model, Topology.chain(5)), nodes=5)
-    out = wrapped.generate(prompts, return_dict_in_generate=True, **GREEDY)
-    assert torch.equal(out.sequences, model.generate(prompts, **GREEDY))
+    out = wrapped.generate(prompts, return_dict_in_generate=True, **options)
+    assert torch.equal(out.sequences, model.generate(prompts, **options))
     assert out.stats.tokens_per_step == 5.0
 
 
@@ -95,6 +96,7 @@ def test_sampled_drafts_from_the_target_itself_are_always_accepted() -> None:
     drafter = DraftModel(model, Topology.chain(5), law=ProposalLaw.IID)
     wrapped: Any = specdec.wrap(model, drafter, nodes=5)
     options = {**GREEDY, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "seed": 1}
+    options["max_new_tokens"] = 41  # one with the prompt, then 8 chains
     out = wrapped.generate(prompts, return_dict_in_generate=True, **options)
     assert out.stats.rule == "traversal"
     assert out.stats.tokens_per_step == 5.0

@@ -65,7 +65,7 @@ def test_metrics_are_ratios_of_sums_with_intervals_around_them(tmp_path: Path) -
     summary = summarize(run, rows, tree)
     own = [row for row in rows if row.configuration == tree.name]
     found = summary.measures["tokens_per_step"]
-    assert found.value == sum(r.new_tokens for r in own) / sum(r.steps for r in own)
+    assert found.value == sum(r.decode_tokens for r in own) / sum(r.steps for r in own)
     assert found.low < found.value < found.high
     assert set(summary.speedups) == {"plain", "hf-eager"}
     assert summary.measures["speedup"] == summary.speedups["plain"]

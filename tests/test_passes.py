@@ -119,6 +119,12 @@ def test_warming_up_leaves_nothing_but_passes_and_steps(capsys: pytest.CaptureFi
     assert not capsys.readouterr().err
     with pytest.raises(ValueError, match="requests"):
         model.warm_up(0)
+    passes, steps = dict(driven.passes._passes), dict(driven.graphs._graphs)
+    ids = tokens(ROWS[-2])[None]
+    options: dict[str, Any] = {"max_new_tokens": 40, "return_dict_in_generate": True}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **options)
+    assert out.stats.paths["captured"] > 0
+    assert (driven.passes._passes, driven.graphs._graphs) == (passes, steps), "nothing was missing"
 
 
 @pytest.mark.gpu

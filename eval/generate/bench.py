@@ -47,8 +47,8 @@ class Timed:
     prompt: str
     tokens: int
     seconds: float  # of the whole call
-    first: float  # of a call for one token: the prompt, and the first step
-    steps: int | None
+    first: float  # of a call for one token: the prompt's pass
+    steps: int | None  # behind it
     same: bool | None = None
     """Whether the text is that of the first arm; None where it is synthetic, or the first."""
     agreed: int | None = None
@@ -79,10 +79,10 @@ class ArmResult:
 
     @property
     def tokens_per_step(self) -> float | None:
-        """Ratio of sums."""
+        """Ratio of sums, without the first tokens, which come with the prompts."""
         if not self.runs or any(run.steps is None for run in self.runs):
             return None
-        return sum(run.tokens for run in self.runs) / sum(run.steps or 1 for run in self.runs)
+        return sum(run.tokens - 1 for run in self.runs) / sum(run.steps or 1 for run in self.runs)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specdec.batch import TreeBatch
 from specdec.drafting import DeviceDrafter, DraftBuffers, DraftContext, Drafter
+from specdec.rules import Greedy
 from specdec.sampling import Sampler
 from specdec.verify import ALL_LAWS, AcceptanceRule, DeviceChoice, Noise, Outcome
 
@@ -62,7 +63,9 @@ class Accepts(AcceptanceRule):
         return _Forced(self.kept)
 
     def verify(self, trees: TreeBatch, target: Tensor, noise: Noise) -> Outcome:
-        raise RuntimeError("synthetic acceptance exists in captured steps only")
+        if trees.max_depth:
+            raise RuntimeError("synthetic acceptance exists in captured steps only")
+        return Greedy().verify(trees, target, noise)  # the token that comes with the prompt
 
 
 @dataclass(frozen=True)

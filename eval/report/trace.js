@@ -298,7 +298,9 @@
         .filter(([name]) => name !== "return_dict_in_generate")
         .map(([name, value]) => `${name} ${value}`)
         .join(", "),
-      Run: `${stats.tokens} tokens in ${stats.steps} steps, ${stats.tokens_per_step.toFixed(2)} tokens per step; ${
+      Run: `${stats.tokens} tokens${
+        stats.first_tokens ? ", the first with the prompt, the others" : ""
+      } in ${stats.steps} steps, ${stats.tokens_per_step.toFixed(2)} tokens per step; ${
         stats.accepted
       } of ${stats.drafted} drafted nodes accepted`,
       Recorded: `${about.recorded}, ${about.device}, ${about.dtype}, specdec ${about.specdec}, torch ${about.torch}, transformers ${about.transformers}`,
