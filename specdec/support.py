@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -42,6 +43,8 @@ def causal_model(model: Any) -> PreTrainedModel:
 def check_model(model: PreTrainedModel) -> None:
     """Refuses what is known not to work from the configuration alone.
 
+    Warns where the model itself says something else of a token when others are computed with it.
+
     Raises:
         UnsupportedModel: with the reason.
     """
@@ -71,6 +74,14 @@ def check_model(model: PreTrainedModel) -> None:
         raise UnsupportedModel(
             model,
             "it ignores transformers' `AttentionInterface`, so tree attention cannot be plugged in",
+        )
+    threshold = getattr(getattr(model.config, "quantization_config", None), "llm_int8_threshold", 0)
+    if getattr(model, "is_loaded_in_8bit", False) and threshold > 0:
+        warnings.warn(
+            f"llm_int8_threshold={threshold}: a large input of one token changes what this model "
+            "computes for the others of its pass, so answers can differ from transformers'; load "
+            "it with BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)",
+            stacklevel=4,
         )
 
 

@@ -211,3 +211,11 @@ def test_fused_layers_are_refused_with_what_does_not_fit(quantised: tuple[Any, s
     model, why = quantised
     with pytest.raises(UnsupportedModel, match=why):
         specdec.wrap(model, layers="fused")
+
+
+def test_a_model_whose_tokens_meddle_with_each_other_is_warned_about() -> None:
+    model = float_model()
+    model.is_loaded_in_8bit = True
+    model.config.quantization_config = BitsAndBytesConfig(load_in_8bit=True)
+    with pytest.warns(UserWarning, match=r"llm_int8_threshold=6.0: .*llm_int8_threshold=0.0"):
+        specdec.wrap(model).cache  # noqa: B018 - looks at the model
