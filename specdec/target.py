@@ -59,7 +59,8 @@ class Target:
     Args:
         model: a decoder-only transformers model, or a PEFT model of layers around one. It keeps
             working as before.
-        page_size: tokens in a page of the cache.
+        page_size: tokens in a page of the cache, a power of two; 64 on a CUDA device, where pages
+            are copied whole, and 16 elsewhere by default.
         max_pages: upper bound for the cache; None to grow as needed.
         max_cached_bytes: what the cache keeps of texts that are over, at most; a tenth of the
             device's memory by default.
@@ -78,7 +79,7 @@ class Target:
         self,
         model: Any,
         *,
-        page_size: int = 16,
+        page_size: int | None = None,
         max_pages: int | None = None,
         max_cached_bytes: int | None = None,
         backend: Backend = "auto",
@@ -105,6 +106,8 @@ class Target:
         self.weights = Weights(self.model)
         with torch.inference_mode(False):  # tensors that outlive the caller's inference mode
             calls, self.vocab_size = self._probe()
+            if page_size is None:
+                page_size = 64 if self.device.type == "cuda" else 16
             pool = PagePool([_shape(call) for call in calls], page_size, max_pages)
             self._calls, self._asked = calls, layers
             self.unfit: str | None = None

@@ -66,7 +66,7 @@ def wrap(
     *,
     rule: str | AcceptanceRule = "auto",
     nodes: int | None = None,
-    page_size: int = 16,
+    page_size: int | None = None,
     max_pages: int | None = None,
     prefix_cache: bool = True,
     max_cached_bytes: int | None = None,
@@ -88,7 +88,8 @@ def wrap(
             decoding is always verified greedily.
         nodes: largest token tree, its root included; 8 on a CPU and 32 elsewhere by default. A
             pass over more rows costs more; `specdec demo` shows how to choose.
-        page_size: tokens in a page of the KV cache.
+        page_size: tokens in a page of the KV cache, a power of two; 64 on a CUDA device and 16
+            elsewhere by default. Texts share whole pages, and attention reads large ones faster.
         max_pages: upper bound for the cache's pages; None to grow as needed.
         prefix_cache: keep the K and V of texts that are over, so that a later one that begins alike
             computes only the rest.

@@ -88,7 +88,7 @@ def _ours(name: str, what: str, subject: Subject, drafter: Any, **options: Any) 
     sampling: dict[str, Any] = {"do_sample": False}
     if "rule" in options:  # rules are asked in sampled runs only; this one does not sample
         sampling = {"do_sample": True, "top_k": 0, "temperature": 1.0}
-    wrapped: Any = specdec.wrap(subject.model, drafter, page_size=64, **options)
+    wrapped: Any = specdec.wrap(subject.model, drafter, **options)
 
     def arguments(prompt: Tensor, new: int) -> dict[str, Any]:
         mask = torch.ones_like(prompt)
