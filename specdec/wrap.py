@@ -1,4 +1,4 @@
-"""The front door: wrap a Hugging Face model, or hand `specdec.generate` to its own `generate`."""
+"""The front door: wrap a Hugging Face model, and its `generate` is speculative."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from specdec.generation import (
     prepare,
     refuse,
     run,
-    stop_string_criteria,
     stream,
 )
 from specdec.guidance import bind
@@ -487,93 +486,6 @@ class SpeculativeModel:
         )
 
 
-class Generate:
-    """A function for `model.generate(..., custom_generate=specdec.generate)`.
-
-    `with_` sets what transformers cannot hand over: it drops `streamer`, `tokenizer` and
-    `assistant_model` on the way to a custom function, and refuses arguments it does not know.
-    `stop_strings`, which need a tokenizer, therefore go to `with_` too.
-    """
-
-    def __init__(
-        self,
-        drafter: str | Drafter | PreTrainedModel = "ngram",
-        *,
-        streamer: BaseStreamer | None = None,
-        stop_strings: str | list[str] | None = None,
-        tokenizer: Any = None,
-        seed: int | None = None,
-        generator: torch.Generator | None = None,
-        cache_key: Hashable = None,
-        **wrap_options: Any,
-    ) -> None:
-        self._drafter = drafter
-        self._streamer = streamer
-        self._criteria = stop_string_criteria(stop_strings, tokenizer)
-        self._seed = seed
-        self._generator = generator
-        self._cache_key = cache_key
-        self._wrap_options = wrap_options
-        self._wrapped: SpeculativeModel | None = None
-
-    def with_(
-        self,
-        drafter: str | Drafter | PreTrainedModel = "ngram",
-        *,
-        streamer: BaseStreamer | None = None,
-        stop_strings: str | list[str] | None = None,
-        tokenizer: Any = None,
-        seed: int | None = None,
-        generator: torch.Generator | None = None,
-        cache_key: Hashable = None,
-        **wrap_options: Any,
-    ) -> Generate:
-        """The same function with settings; `wrap_options` are those of `specdec.wrap`.
-
-        Keep the result to use it again: it keeps the model's cache for the next call.
-        """
-        return Generate(
-            drafter,
-            streamer=streamer,
-            stop_strings=stop_strings,
-            tokenizer=tokenizer,
-            seed=seed,
-            generator=generator,
-            cache_key=cache_key,
-            **wrap_options,
-        )
-
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **model_kwargs: Any,
-    ) -> Tensor | SpeculativeOutput:
-        """Called by transformers with everything prepared."""
-        call = Call.from_transformers(
-            input_ids,
-            logits_processor,
-            [*stopping_criteria, *self._criteria],
-            generation_config,
-            model_kwargs,
-        )
-        wrapped = self._wrapped
-        if wrapped is None or wrapped._model is not model:
-            # A wrapper for a single call is not worth a capture.
-            once = {"capture": False} if self is generate else {}
-            wrapped = wrap(model, self._drafter, **{**once, **self._wrap_options})
-        if self is not generate:
-            self._wrapped = wrapped
-        return wrapped._run(call, self._streamer, self._seed, self._generator, self._cache_key)
-
-
-generate = Generate()
-"""`model.generate(..., custom_generate=specdec.generate)`: n-gram trees; see `Generate.with_`."""
-
-
 def _one_prompt(tokens: Sequence[int] | Tensor, vocab_size: int) -> Tensor:
     """[L] int64 from one prompt, [L] or [1, L]."""
     ids = token_ids("tokens", tokens, vocab_size)
@@ -637,6 +549,3 @@ def _resolve_drafter(drafter: object) -> Drafter:
     raise ValueError(
         f"drafter: expected one of {', '.join(DRAFTERS)}, a model or a Drafter, got {shown}"
     )
-
-
-__all__: Sequence[str] = ["Generate", "SpeculativeModel", "generate", "wrap"]
