@@ -420,29 +420,29 @@ def tree_attention(
         hopper.attend(
             query, keys, values, out, lse, part, states, schedule, scale, softcap, sinks, early
         )
-        merge(out, lse, part, states, schedule, sinks, same)
-        return out
-    _attend_kernel[(schedule.programs,)](
-        query, keys, values,
-        *(_tiles(p, schedule) if tiling.bulk else p for p in (keys, values)),
-        out, nothing if lse is None else lse, part, states,
-        schedule.header, schedule.workers,
-        schedule.page_table, schedule.key_slots, schedule.key_tags,
-        schedule.row_requests, schedule.row_depths, schedule.row_positions,
-        nothing if schedule.words is None else schedule.words,
-        nothing if sinks is None else sinks, nothing if counter is None else counter,
-        scale, softcap or 1.0, schedule.page_table.shape[1],
-        query.stride(0), query.stride(1),
-        keys.stride(1), keys.stride(2), values.stride(1), values.stride(2),
-        DK=dk, DKP=max(16, triton.next_power_of_2(dk)), PAGE=schedule.page_size,
-        W=1 if schedule.words is None else schedule.words.shape[1],
-        CAUSAL=schedule.causal, WINDOW=schedule.window or 0, SOFTCAP=softcap is not None,
-        BLOCK_N=tiling.block_n, LOOSE_N=tiling.loose_n,
-        LOOSE_STAGES=tiling.loose_stages, LOOSE_STEPS=tiling.loose_steps, STAGES=tiling.stages,
-        COUNT=counter is not None, SAME_TOKEN=keys.stride(1) == values.stride(1),
-        BULK=tiling.bulk, BRING=tiling.bring and tiling.bulk, **same,
-        num_warps=tiling.warps, enable_fp_fusion=True, **({"launch_pdl": True} if early else {}),
-    )  # fmt: skip
+    else:
+        _attend_kernel[(schedule.programs,)](
+            query, keys, values,
+            *(_tiles(p, schedule) if tiling.bulk else p for p in (keys, values)),
+            out, nothing if lse is None else lse, part, states,
+            schedule.header, schedule.workers,
+            schedule.page_table, schedule.key_slots, schedule.key_tags,
+            schedule.row_requests, schedule.row_depths, schedule.row_positions,
+            nothing if schedule.words is None else schedule.words,
+            nothing if sinks is None else sinks, nothing if counter is None else counter,
+            scale, softcap or 1.0, schedule.page_table.shape[1],
+            query.stride(0), query.stride(1),
+            keys.stride(1), keys.stride(2), values.stride(1), values.stride(2),
+            DK=dk, DKP=max(16, triton.next_power_of_2(dk)), PAGE=schedule.page_size,
+            W=1 if schedule.words is None else schedule.words.shape[1],
+            CAUSAL=schedule.causal, WINDOW=schedule.window or 0, SOFTCAP=softcap is not None,
+            BLOCK_N=tiling.block_n, LOOSE_N=tiling.loose_n,
+            LOOSE_STAGES=tiling.loose_stages, LOOSE_STEPS=tiling.loose_steps, STAGES=tiling.stages,
+            COUNT=counter is not None, SAME_TOKEN=keys.stride(1) == values.stride(1),
+            BULK=tiling.bulk, BRING=tiling.bring and tiling.bulk, **same,
+            num_warps=tiling.warps, enable_fp_fusion=True,
+            **({"launch_pdl": True} if early else {}),
+        )  # fmt: skip
     merge(out, lse, part, states, schedule, sinks, same)
     return out
 

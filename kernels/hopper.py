@@ -296,6 +296,7 @@ def _fetch(
                 async_copy.commit_group()
                 async_copy.wait_group(0)
                 fence_async_shared()
+                tl.debug_barrier()  # of every thread, before one of them tells the others
                 mbarrier.arrive(full.index(stage))
                 stage, phase = _next(stage, phase, STAGES)
             step += end - begin
