@@ -1,8 +1,7 @@
-"""Rows of logits, read once: the greatest, the distribution that options leave, a draw from it.
+"""Rows of logits, read once: the distribution that sampling options leave, and a draw from it.
 
-`scan` reads all logits in chunks of one size, several programs a row where rows are few, and keeps
-of each chunk the maximum and the sum of its exponentials. The greatest logit is then in the first
-chunk that has it, and a draw without cuts is made from the sums and one chunk.
+`scan` leaves the maximum and the sum of the exponentials of each chunk; a draw without cuts is made
+from these sums and one chunk.
 
 A threshold - top-k, top-p, min-p - is found without a sort, from the maximum and the sum of each
 group of `GROUP` neighbours:
@@ -23,8 +22,7 @@ of equal ones the later, and stops when it has the share p: so does transformers
 sort is stable (torch's is not on every CPU). Equal means equal logits, before they are divided by
 the temperature.
 
-How a row is summed does not depend on how many rows there are. A row with NaN has NaN as its best.
-Logits are read in their own dtype; nothing as wide as the vocabulary is written but the candidates
+A row with NaN has NaN as its best. Nothing as wide as the vocabulary is written but the candidates
 of rows that are nearly flat.
 
 Letters: R rows, V vocabulary, C chunks of a row, G groups of a row.
@@ -43,22 +41,14 @@ from torch import Tensor
 
 from specdec.kernels.noise import SAMPLE, uniform
 from specdec.kernels.options import Cuts
+from specdec.kernels.scan import GROUP, NEVER, OFF, chunk_of, lanes, parts_of, scan, shift
 
-CHUNK = 4096
-"""Logits that a program holds at a time, at most."""
-GROUP = 32
-"""Neighbours whose maximum and sum are kept."""
-WAVES = 4
-"""Programs of a scan for each multiprocessor, at least, where rows are few."""
 MOST_PARTS = 8
 """Programs that gather the candidates of a row, at most."""
 TILE = 2048
 """Candidates that a program holds at a time, at most."""
 GATHERED = 4
 """Candidates are gathered if they are at most one in so many tokens."""
-OFF = {"enable_fp_fusion": False}
-"""Sums must not depend on what the compiler makes of them. Triton warns of launches without it."""
-NEVER = tl.constexpr(float("-inf"))
 LEAST, GREATEST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
 
 
@@ -100,56 +90,6 @@ def kept(x, token, weight, floor, first, min_p, SHIFT: tl.constexpr):
     key = ordered(x, SHIFT)
     inside = (key > floor) | ((key == floor) & (token >= first))
     return inside & (weight >= min_p) & (x > NEVER)
-
-
-@triton.jit(do_not_specialize=["scale"])
-def _scan_kernel(
-    LOGITS, stride, CHUNK_MAX, CHUNK_SUM, GROUP_MAX, GROUP_SUM,
-    vocab, chunks, groups, parts, scale,
-    CHUNK: tl.constexpr, GROUP: tl.constexpr, SUMS: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
-    row, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    LOGITS += row.to(tl.int64) * stride
-    group = tl.arange(0, CHUNK // GROUP)
-    place = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    for chunk in tl.range(part, chunks, parts, num_stages=3):
-        at = chunk * CHUNK + place
-        x = tl.load(LOGITS + at, mask=at < vocab, other=NEVER).to(tl.float32)
-        most = tl.max(x, 1)
-        peak = tl.max(most, 0)
-        if SUMS:
-            base = tl.where(peak == NEVER, 0.0, peak)
-            sums = tl.sum(tl.exp2((x - base) * scale), 1)
-            tl.store(CHUNK_SUM + row * chunks + chunk, tl.sum(sums, 0))
-            if GROUPS:
-                here = chunk * (CHUNK // GROUP) + group
-                tl.store(GROUP_MAX + row * groups + here, most, mask=here < groups)
-                tl.store(GROUP_SUM + row * groups + here, sums, mask=here < groups)
-        else:
-            wrong = tl.max(tl.max((x != x).to(tl.int32), 1), 0)
-            peak = tl.where(wrong > 0, float("nan"), peak)
-        tl.store(CHUNK_MAX + row * chunks + chunk, peak)
-
-
-@triton.jit
-def _pick_kernel(
-    LOGITS, stride, CHUNK_MAX, BEST, CHOICES, vocab, chunks,
-    CHUNK: tl.constexpr, CP: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0)
-    LOGITS += row.to(tl.int64) * stride
-    chunk = tl.arange(0, CP)
-    most = tl.load(CHUNK_MAX + row * chunks + chunk, mask=chunk < chunks, other=NEVER)
-    wrong = most != most
-    broken = tl.max(wrong.to(tl.int32), 0) > 0
-    best = tl.max(tl.where(wrong, NEVER, most), 0)
-    has = tl.where(broken, wrong, most == best)
-    at = tl.min(tl.where(has & (chunk < chunks), chunk, CP - 1), 0) * CHUNK + tl.arange(0, CHUNK)
-    x = tl.load(LOGITS + at, mask=at < vocab, other=NEVER).to(tl.float32)
-    hit = tl.where(broken, x != x, x == best)
-    choice = tl.min(tl.where(hit & (at < vocab), at, vocab - 1), 0)
-    tl.store(BEST + row, tl.where(broken, float("nan"), best))
-    tl.store(CHOICES + row, choice.to(tl.int64))
 
 
 @triton.jit
@@ -433,29 +373,6 @@ def _cut_kernel(
     tl.store(FIRST + row, first)
 
 
-def greatest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The greatest logit of each row and its first place, as `torch.max` finds them on a CPU.
-
-    Args:
-        logits: [R, V] float32, float16 or bfloat16.
-
-    Returns:
-        [R] float32, NaN where a row has NaN, and [R] int64, which then is the first NaN.
-    """
-    rows, vocab = logits.shape
-    chunk = chunk_of(vocab)
-    chunks = triton.cdiv(vocab, chunk)
-    peaks = torch.empty(rows, chunks, dtype=torch.float32, device=logits.device)
-    _scan(logits, peaks)
-    best = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    choices = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    _pick_kernel[(rows,)](
-        logits, logits.stride(0), peaks, best, choices, vocab, chunks,
-        CHUNK=chunk, CP=_lanes(chunks), num_warps=4, **OFF,
-    )  # fmt: skip
-    return best, choices
-
-
 def distributions(
     logits: Tensor,
     cuts: Cuts,
@@ -498,15 +415,15 @@ def distributions(
         unused if tree is None else tree, unused if depths is None else depths,
     )  # fmt: skip
     if not cuts.any:
-        _scan(logits, out.peaks, sums, scale=cuts.scale)
+        scan(logits, out.peaks, sums, scale=cuts.scale)
         _whole_kernel[(rows,)](
             logits, logits.stride(0), out.peaks, sums, out.best, out.norm, out.floor, out.first,
             out.tokens, *noise, vocab, chunks, cuts.scale,
-            DRAW=seeds is not None, CHUNK=chunk, CP=_lanes(chunks), num_warps=8, **OFF,
+            DRAW=seeds is not None, CHUNK=chunk, CP=lanes(chunks), num_warps=8, **OFF,
         )  # fmt: skip
         return out
     tops, shares = new(rows, groups), new(rows, groups)
-    _scan(logits, out.peaks, sums, tops, shares, scale=cuts.scale)
+    scan(logits, out.peaks, sums, tops, shares, scale=cuts.scale)
     bound, listed = (new(rows, dtype=torch.int32) for _ in range(2))
     lists = new(rows, groups, dtype=torch.int32)
     has = {"TOP_K": cuts.top_k > 0, "TOP_P": cuts.top_p < 1, "SHIFT": shift(logits.dtype)}
@@ -514,9 +431,9 @@ def distributions(
     _bound_kernel[(rows,)](
         out.peaks, sums, tops, shares, out.best, out.norm, bound, lists, listed,
         chunks, groups, cuts.scale, cuts.top_k, cuts.top_p, cuts.min_p, MIN_P=early,
-        CHUNK=chunk, CP=_lanes(chunks), GROUP=GROUP, GP=_lanes(groups), num_warps=8, **has, **OFF,
+        CHUNK=chunk, CP=lanes(chunks), GROUP=GROUP, GP=lanes(groups), num_warps=8, **has, **OFF,
     )  # fmt: skip
-    parts = min(MOST_PARTS, _parts(rows, chunks, device))
+    parts = min(MOST_PARTS, parts_of(rows, chunks, device))
     most = max(1, vocab // GATHERED)
     room = min(most, triton.cdiv(groups, parts) * GROUP)
     values = new(rows, parts, room, dtype=logits.dtype)
@@ -531,61 +448,7 @@ def distributions(
         logits, logits.stride(0), values, names, counts, out.best, out.norm, bound,
         out.floor, out.first, out.tokens, *noise, vocab, parts, room, most,
         cuts.scale, cuts.top_k, cuts.top_p, cuts.min_p,
-        DRAW=seeds is not None, TILE=min(chunk, TILE), PARTS=MOST_PARTS, PP=_lanes(MOST_PARTS),
+        DRAW=seeds is not None, TILE=min(chunk, TILE), PARTS=MOST_PARTS, PP=lanes(MOST_PARTS),
         num_warps=8, **has, **OFF,
     )  # fmt: skip
     return out
-
-
-def chunk_of(vocab: int) -> int:
-    """Logits of a chunk: less than usual where the whole vocabulary is small."""
-    return min(CHUNK, max(GROUP, int(triton.next_power_of_2(vocab))))
-
-
-def shift(dtype: torch.dtype) -> int:
-    """Low bits of a float32 that numbers of a dtype do not have.
-
-    Raises:
-        TypeError: the kernels do not read that dtype.
-    """
-    bits = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
-    if dtype not in bits:
-        raise TypeError(f"logits: expected float32, float16 or bfloat16, got {dtype}")
-    return bits[dtype]
-
-
-def _scan(
-    logits: Tensor,
-    peaks: Tensor,
-    sums: Tensor | None = None,
-    tops: Tensor | None = None,
-    shares: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-) -> None:
-    """Writes the peaks [R, C] and what else is given: sums [R, C], and tops and shares [R, G]."""
-    rows, vocab = logits.shape
-    shift(logits.dtype)
-    if logits.stride(1) != 1:
-        raise ValueError(f"logits: expected contiguous rows, got strides {logits.stride()}")
-    chunks = peaks.shape[1]
-    parts = _parts(rows, chunks, logits.device)
-    _scan_kernel[(rows * parts,)](
-        logits, logits.stride(0), peaks, peaks if sums is None else sums,
-        peaks if tops is None else tops, peaks if shares is None else shares,
-        vocab, chunks, 0 if tops is None else tops.shape[1], parts, scale,
-        CHUNK=chunk_of(vocab), GROUP=GROUP, SUMS=sums is not None, GROUPS=tops is not None,
-        num_warps=4, **OFF,
-    )  # fmt: skip
-
-
-def _parts(rows: int, chunks: int, device: torch.device) -> int:
-    """Programs that work on one row."""
-    processors = 1
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(chunks, -(-WAVES * processors // rows)))
-
-
-def _lanes(count: int) -> int:
-    return max(16, int(triton.next_power_of_2(count)))

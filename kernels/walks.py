@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from specdec.kernels.noise import ACCEPT, SAMPLE, uniform
-from specdec.kernels.vocab import NEVER, OFF, Rows, chunk_of, kept, ordered, shift
+from specdec.kernels.scan import NEVER, OFF, chunk_of, shift
+from specdec.kernels.vocab import Rows, kept, ordered
 
 DETERMINISTIC, WITHOUT_REPLACEMENT = tl.constexpr(0), tl.constexpr(2)
 """Values of `specdec.ProposalLaw`."""

@@ -121,11 +121,11 @@ def by_kernels(
 
     A CUDA graph can hold it when all trees are of one size.
     """
-    from specdec.kernels import vocab, walks  # need Triton
+    from specdec.kernels import scan, vocab, walks  # need Triton
 
     forest = _forest(trees)
     if not rule.samples:
-        best, choices = vocab.greatest(logits)
+        best, choices = scan.greatest(logits)
         decision = walks.match(forest, choices, best, sampled=False)
         return _fields(decision, logits)
     assert sampler.cuts is not None

@@ -58,9 +58,9 @@ class _Likeliest(DeviceChoice):
     ) -> tuple[Tensor, Tensor]:
         scores = self.sampler.node_scores(logits)
         if scores.is_cuda:
-            from specdec.kernels import vocab  # needs Triton
+            from specdec.kernels import scan  # needs Triton
 
-            best, tokens = vocab.greatest(scores)
+            best, tokens = scan.greatest(scores)
         else:
             best, tokens = scores.max(-1)
         return tokens, best

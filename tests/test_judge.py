@@ -29,7 +29,7 @@ from specdec.verify import Noise
 
 pytest.importorskip("triton")
 
-from specdec.kernels import vocab, walks
+from specdec.kernels import scan, vocab, walks
 from specdec.kernels.options import Cuts
 
 # numpy, below the interpreter, remarks on rows without a maximum and on integers that wrap around.
@@ -66,7 +66,7 @@ def kept_by(rows: vocab.Rows) -> Tensor:
     """[R, V] bool: the tokens that the kernel keeps."""
     x, place = rows.logits.float(), torch.arange(rows.logits.shape[1], device=DEVICE)
     bits = torch.where(x == 0, 0.0, x).view(torch.int32)
-    key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> vocab.shift(rows.logits.dtype)
+    key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> scan.shift(rows.logits.dtype)
     inside = (key > rows.floor[:, None]) | (
         (key == rows.floor[:, None]) & (place >= rows.first[:, None])
     )
@@ -111,7 +111,7 @@ def test_the_greatest_logit_is_the_first_of_equal_ones_and_nan_is_seen(dtype: to
     logits[2, 4200] = torch.nan
     logits[3] = -torch.inf
     logits[4, 5] = torch.inf
-    best, choices = vocab.greatest(logits.to(DEVICE))
+    best, choices = scan.greatest(logits.to(DEVICE))
     assert choices.tolist() == logits.float().argmax(-1).tolist()
     assert best[:2].tolist() == logits[:2].float().amax(-1).tolist()
     assert best[2].isnan()

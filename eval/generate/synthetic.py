@@ -75,7 +75,7 @@ class _Forced(DeviceChoice):
     def choose(
         self, logits: Tensor, seeds: Tensor, lengths: Tensor, depths: Tensor
     ) -> tuple[Tensor, Tensor]:
-        from specdec.kernels.vocab import greatest  # needs Triton
+        from specdec.kernels.scan import greatest  # needs Triton
 
         best, tokens = greatest(logits)
         node = torch.arange(depths.shape[1], device=depths.device)
