@@ -21,6 +21,7 @@ from specdec.drafters import NGram
 from specdec.kernels import ngram, steps
 from specdec.testing import TINY, OracleDrafter, RandomDrafter, tiny_model
 from tests import plain_steps
+from tests.checks import nothing_left
 
 VOCAB = TINY["vocab_size"]
 NEW = 20
@@ -66,14 +67,6 @@ def oracle(hf_model: Any, ids: Tensor, corrupt: float = 0.2) -> plain_steps.OnDe
     """Mostly right, also behind the ends of the texts."""
     known = greedy(hf_model, ids, NEW + 20).tolist()
     return plain_steps.OnDevice(OracleDrafter(known, corrupt=corrupt, vocab_size=VOCAB))
-
-
-def nothing_left(model: Any) -> None:
-    cache = model.cache
-    cache.check_integrity()
-    assert not cache.sequences
-    cache.prefixes.clear()
-    assert cache.pool.num_free == cache.pool.num_pages
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -15,6 +15,7 @@ from specdec.drafting import Observation
 from specdec.rules import RULES
 from specdec.target import Target
 from specdec.testing import TINY, RandomDrafter, tiny_model
+from tests.checks import greedy, nothing_left
 
 VOCAB = TINY["vocab_size"]
 PAGE = 16
@@ -45,21 +46,6 @@ def random_text(length: int) -> list[int]:
     return torch.randint(1, VOCAB, (length,)).tolist()
 
 
-def greedy(hf_model: Any, prompt: list[int], new: int = NEW) -> list[int]:
-    ids = torch.tensor([prompt])
-    mask = torch.ones_like(ids)
-    out = hf_model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
-    return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
-
-
-def nothing_left(model: Any) -> None:
-    cache = model.cache
-    cache.check_integrity()
-    assert not cache.sequences
-    cache.prefixes.clear()
-    assert cache.pool.num_free == cache.pool.num_pages
-
-
 @pytest.mark.parametrize("length", [1, 2, PAGE, PAGE + 1, *range(PIECE - 1, PIECE + 3), 2 * PIECE])
 def test_prompts_that_end_at_the_edges_of_pages_and_pieces(
     hf_model: Any, passes: list[int], length: int
@@ -72,7 +58,7 @@ def test_prompts_that_end_at_the_edges_of_pages_and_pieces(
         (emission,) = emissions
         assert emission.tokens == handle.tokens == greedy(hf_model, prompt, 1)
         assert emission.request.cached == length, "all tokens before the new root"
-        assert handle.result() == greedy(hf_model, prompt)
+        assert handle.result() == greedy(hf_model, prompt, NEW)
     stats = engine.stats
     left_over = length % PIECE == 1  # the root alone, which is decoded
     assert stats.first_tokens == (0 if left_over else 1)
@@ -170,7 +156,7 @@ def test_it_comes_beside_trees_of_other_policies(hf_model: Any, passes: list[int
         assert sizes == [[True], [True, True, True]], "a piece, then its end and the other prompt"
         engine.run_all()
     for prompt, handle in zip(prompts, [running, *others], strict=True):
-        assert handle.tokens == greedy(hf_model, prompt)
+        assert handle.tokens == greedy(hf_model, prompt, NEW)
     assert engine.stats.first_tokens == 3
     nothing_left(model)
 

@@ -16,6 +16,7 @@ from specdec import SequenceDrafter, TokenTree
 from specdec.drafters import DraftModel
 from specdec.rules import SampleAndMatch, Threshold
 from specdec.testing import TINY, RandomDrafter, degraded, tiny_model
+from tests.checks import greedy, nothing_left
 
 VOCAB = TINY["vocab_size"]
 NEW = 12
@@ -44,21 +45,6 @@ def texts() -> list[list[int]]:
         trunk[:20] + random_text(25),
         random_text(1),
     ]
-
-
-def greedy(hf_model: Any, prompt: list[int], new: int = NEW) -> list[int]:
-    ids = torch.tensor([prompt])
-    mask = torch.ones_like(ids)
-    out = hf_model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
-    return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
-
-
-def nothing_left(model: Any) -> None:
-    cache = model.cache
-    cache.check_integrity()
-    assert not cache.sequences
-    cache.prefixes.clear()
-    assert cache.pool.num_free == cache.pool.num_pages
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
@@ -198,7 +184,7 @@ def test_async_readers_share_the_engine(hf_model: Any) -> None:
             handles = [engine.submit(p, max_new_tokens=NEW, do_sample=False) for p in prompts]
             return await asyncio.gather(*(read(handle) for handle in handles))
 
-    assert asyncio.run(main()) == [greedy(hf_model, prompt) for prompt in prompts]
+    assert asyncio.run(main()) == [greedy(hf_model, prompt, NEW) for prompt in prompts]
     nothing_left(model)
 
 
