@@ -40,11 +40,13 @@ class NodeBudget:
         """What a tree of each size gives, in tokens of a request and step: hopeful at first."""
         self._since = 0  # steps since a larger tree than the chosen one was tried
 
-    def choose(self, seconds: Callable[[int], float | None]) -> int:
+    def choose(self, seconds: Callable[[int], float | None], before: float = 0.0) -> int:
         """The size for the next step.
 
         Args:
             seconds: of a step with trees of a size; None if it was not measured yet.
+            before: seconds that drafting takes now before such a step, since the drafter has
+                fallen behind the texts.
         """
         times = [seconds(size) for size in self.sizes]
         for size, time in zip(self.sizes[::-1], times[::-1], strict=True):
@@ -57,7 +59,8 @@ class NodeBudget:
             if ahead > MARGIN:
                 best = index
         if best + 1 < len(known):
-            dearer = known[best + 1] / known[best] - self.tokens[best + 1] / self.tokens[best]
+            tried = known[best + 1] + before
+            dearer = tried / known[best] - self.tokens[best + 1] / self.tokens[best]
             self._since += 1
             if self._since * PROBING >= max(dearer, PROBING):
                 best, self._since = best + 1, 0

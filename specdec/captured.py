@@ -368,6 +368,7 @@ class Flight:
     numbers: Tensor  # the step's report on the host, once `done`
     begun: torch.cuda.Event | None  # None if the time it takes means nothing
     done: torch.cuda.Event | None
+    caught_up: bool  # the drafter did, before
 
 
 class CapturedLane:
@@ -385,6 +386,7 @@ class CapturedLane:
         self._texts: Texts | None = None
         self._drafter: DeviceDrafter | None = None
         self._last: torch.cuda.Event | None = None  # when the step that was read last was over
+        self._catching_up = 0.0  # seconds that it took the drafter when it last did
         self.gap = 0.0
         """Seconds before the step read last in which the device had nothing to do."""
         pages = [graphs.target.cache.pages_of(sequence)[:1] for sequence in lane.sequences]
@@ -450,8 +452,11 @@ class CapturedLane:
             assert self._texts is not None
             return self.graphs.graph(self._texts, policy, drafter, nodes, longest, self._shared)
 
-        nodes = self.budget.choose(lambda size: graph(size).seconds)
-        if nodes > 1 and drafter.lagging:
+        lagging = drafter.lagging
+        before = self._catching_up if lagging else 0.0
+        nodes = self.budget.choose(lambda size: graph(size).seconds, before)
+        lagging = lagging and nodes > 1
+        if lagging:
             self._read_all()
             drafter.catch_up(self._texts.tokens)
         path = graph(nodes).step.path
@@ -464,7 +469,8 @@ class CapturedLane:
             tells = self.graphs.launch(chosen)
             numbers, done = _to_host(chosen.step.report)
             lease.committed(path)
-        self._flights.append(Flight(chosen, lease, numbers, begun if tells else None, done))
+        begun = begun if tells else None
+        self._flights.append(Flight(chosen, lease, numbers, begun, done, lagging))
 
     def _read(self) -> list[Report]:
         flight = self._flights.popleft()
@@ -475,6 +481,8 @@ class CapturedLane:
                 flight.graph.timed(flight.begun.elapsed_time(flight.done) / 1000)
                 if self._last is not None:
                     self.gap = self._last.elapsed_time(flight.begun) / 1000
+                if flight.caught_up:
+                    self._catching_up = self.gap
             self._last = flight.done
         step = flight.graph.step
         reports = step.read(flight.numbers.tolist())[: len(self.lane.requests)]

@@ -30,6 +30,16 @@ def test_drafts_that_are_never_accepted_cost_next_to_nothing() -> None:
     assert set(sizes) != {1}, "larger trees are tried again"
 
 
+def test_a_drafter_that_must_catch_up_first_is_tried_less_often() -> None:
+    budget, spent = NodeBudget(32), 0.0
+    run(budget, accepted=0, steps=100)
+    for _ in range(4000):
+        nodes = budget.choose(SECONDS.get, before=1.5)
+        budget.learn(nodes, [range(1)])
+        spent += SECONDS[nodes] + (1.5 if nodes > 1 else 0.0)
+    assert SECONDS[1] < spent / 4000 < 1.012 * SECONDS[1]
+
+
 def test_the_size_follows_what_is_accepted() -> None:
     budget = NodeBudget(32)
     run(budget, accepted=0, steps=200)

@@ -204,7 +204,7 @@ def proposed(drafter: DraftModel, text: tuple[int, ...], nodes: int) -> Any:
 class Alternating(NodeBudget):
     """Steps with and without drafts in turn, of all sizes and as many plain ones as it takes."""
 
-    def choose(self, seconds: Any) -> int:
+    def choose(self, seconds: Any, before: float = 0.0) -> int:
         self.turns = getattr(self, "turns", -1) + 1
         pattern = [self.sizes[-1]] * 2 + [1] * 9 + [self.sizes[-1], 1, 1, 8, 8]
         return pattern[self.turns % len(pattern)]
