@@ -114,8 +114,10 @@ def run(
     }
     with readable_errors():
         from specdec.eval.check import failures, load_thresholds
+        from specdec.eval.metrics import scipy_stats
         from specdec.eval.runner import run_grid
 
+        scipy_stats()  # a run that cannot be summed up in the end had better not begin
         thresholds = None if check is None else load_thresholds(check)
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         where = RunFolder(folder or Path("eval-runs") / now)

@@ -28,6 +28,7 @@ from specdec.eval.metrics import (
     categories,
     interval,
     ratio,
+    scipy_stats,
     sums_by_prompt,
 )
 from specdec.eval.records import Configuration, Row, RunFolder
@@ -147,8 +148,6 @@ def _of(rows: Sequence[Row], configuration: Configuration, category: str | None)
 
 
 def _p_value(before: NDArray[Any], after: NDArray[Any]) -> float:
-    from scipy import stats
-
     both = np.concatenate([before, after], axis=1)
     count = before.shape[1]
 
@@ -159,7 +158,7 @@ def _p_value(before: NDArray[Any], after: NDArray[Any]) -> float:
             )
             return moved
 
-    test = stats.permutation_test(
+    test = scipy_stats().permutation_test(
         (np.arange(count), count + np.arange(count)),
         change,
         permutation_type="samples",
@@ -178,12 +177,10 @@ def _change(both: NDArray[Any], axis: int) -> NDArray[Any]:
 
 
 def _adjusted(found: Sequence[Difference]) -> list[Difference]:
-    from scipy import stats
-
     tested = [d for d in found if d.p_value is not None]
     if not tested:
         return list(found)
-    values = stats.false_discovery_control([d.p_value for d in tested])
+    values = scipy_stats().false_discovery_control([d.p_value for d in tested])
     new = {id(d): float(value) for d, value in zip(tested, values, strict=True)}
     return [replace(d, p_value=new[id(d)]) if id(d) in new else d for d in found]
 

@@ -235,8 +235,7 @@ def interval(
     Returns:
         Both ends; NaN for fewer than two prompts, and where some draws leave nothing to divide by.
     """
-    from scipy import stats
-
+    stats = scipy_stats()
     if table.shape[1] < 2:
         return (float("nan"), float("nan"))
     with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
@@ -251,6 +250,21 @@ def interval(
             rng=np.random.default_rng(0),
         ).confidence_interval
     return (float(found.low), float(found.high))
+
+
+def scipy_stats() -> Any:
+    """scipy's statistics, imported where they are first needed.
+
+    Raises:
+        ImportError: scipy is not installed; the message says how to install it.
+    """
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise ImportError(
+            "intervals and tests need scipy: pip install 'specdec-toolkit[eval]'"
+        ) from error
+    return stats
 
 
 @dataclass(frozen=True)

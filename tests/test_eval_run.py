@@ -286,6 +286,16 @@ def test_a_drafter_from_a_file_is_evaluated_and_one_that_fails_is_told(
         assert message in " ".join(result.stderr.split())
 
 
+def test_without_scipy_a_run_does_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    result = CliRunner().invoke(app, ["eval", "--out", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "need scipy: pip install 'specdec-toolkit[eval]'" in " ".join(result.stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_does_not_differ_from_itself(
     done: RunFolder,
 ) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from specdec.eval.records import RunFolder
 from specdec.eval.report.page import markdown, render
+from specdec.eval.report.rows import results
 from specdec.eval.report.tables import tables
 from specdec.eval.trace import Trace
 
@@ -29,10 +30,6 @@ def write_report(folder: Path, title: str | None = None) -> list[Path]:
     shown, name = None, "Traces"
     source = RunFolder(folder)
     if source.exists:
-        try:
-            from specdec.eval.report.rows import results
-        except ImportError as error:
-            raise ImportError("reports need scipy: pip install 'specdec-toolkit[eval]'") from error
         shown, name = results(source.run(), source.rows()), "Evaluation"
     elif not traces:
         raise ValueError(f"{folder}: expected run.json with rows.jsonl, or traces/*.json")
