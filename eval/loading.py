@@ -30,12 +30,21 @@ def load_model(name: str, dtype: str | None, device: str | None) -> tuple[Any, A
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    where = models.resolve(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
+    where = models.resolve(name)
     kind = parse_dtype(dtype or ("float32" if device == "cpu" else "bfloat16"))
     model = AutoModelForCausalLM.from_pretrained(where, dtype=kind, use_safetensors=True)
     placed: Any = model
     return placed.to(device).eval(), AutoTokenizer.from_pretrained(where)
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"--device: expected one that torch has, got {name!r}: {why}") from None
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -66,7 +75,13 @@ def make_drafter(
     elif colon and file.endswith(".py"):
         found = drafter_from_file(Path(file), name)
     else:
-        small, _ = load_model(drafter, str(dtype).removeprefix("torch."), str(device))
+        try:
+            small, _ = load_model(drafter, str(dtype).removeprefix("torch."), str(device))
+        except OSError as error:
+            raise ValueError(
+                f"--drafter: expected one of {', '.join(DRAFTERS)}, file.py:Name or a model, got "
+                f"{drafter!r}, which is no model that can be loaded: {error}"
+            ) from error
         return DraftModel(small, shape), nodes
     if shape is None:
         return found, nodes

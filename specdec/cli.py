@@ -120,7 +120,8 @@ def chat(
         str, typer.Option(help="A name from `specdec models list`, a folder or a hub id.")
     ] = models.DEFAULT,
     drafter: Annotated[
-        str, typer.Option(help="ngram, none, or a smaller model (name, folder or hub id).")
+        str,
+        typer.Option(help="ngram, none, file.py:Name, or a smaller model (name, folder, hub id)."),
     ] = "ngram",
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
@@ -213,7 +214,8 @@ def verify_lossless_command(
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "Once upon a time",
     model: Annotated[str, typer.Option(help="A name, a folder or a hub id.")] = models.DEFAULT,
     drafter: Annotated[
-        str, typer.Option(help="ngram, none, or a smaller model (name, folder or hub id).")
+        str,
+        typer.Option(help="ngram, none, file.py:Name, or a smaller model (name, folder, hub id)."),
     ] = "ngram",
     tree: Annotated[
         str | None, typer.Option(help="Nodes, or for a model a shape: chain:5, 4,2,1, beam:8x6.")

@@ -10,7 +10,8 @@ ModelOption = Annotated[
     str, typer.Option(help="A name from `specdec models list`, a folder or a hub id.")
 ]
 DrafterOption = Annotated[
-    str, typer.Option(help="ngram, none, or a smaller model (name, folder or hub id).")
+    str,
+    typer.Option(help="ngram, none, file.py:Name, or a smaller model (name, folder, hub id)."),
 ]
 TreeOption = Annotated[
     str | None, typer.Option(help="Nodes (16) or, for a model, a shape: chain:5, 4,2,1, beam:8x6.")

@@ -116,6 +116,11 @@ def test_debug_cache_draws_the_prefix_tree(tmp_path: Path) -> None:
         (["--tree", "4,2"], "--tree: ngram takes a number of nodes or chain:5, got '4,2'"),
         (["--rule", "hope"], "rule: expected auto"),
         (["--dtype", "float99"], "dtype: expected a torch dtype"),
+        (["--device", "toaster"], "--device: expected one that torch has, got 'toaster'"),
+        (
+            ["--drafter", "./no/such/folder"],
+            "--drafter: expected one of none, ngram, file.py:Name or a model, got",
+        ),
     ],
 )
 def test_wrong_input_is_named_without_a_traceback(args: list[str], message: str) -> None:
