@@ -84,7 +84,18 @@ class Engine:
         self._why: str | None = None
 
     def add(self, request: Request) -> None:
-        """Lets a request wait for its turn."""
+        """Lets a request wait for its turn.
+
+        Raises:
+            ValueError: its text has an id outside the vocabulary, or the drafter cannot be used.
+        """
+        # On the host, where it costs next to nothing: on a GPU such an id ends the process.
+        for extreme in (min(request.tokens), max(request.tokens)):
+            if not 0 <= extreme < self.target.vocab_size:
+                raise ValueError(
+                    f"input_ids: expected ids from 0 to {self.target.vocab_size - 1}, the "
+                    f"vocabulary, got {extreme}"
+                )
         self.target.layers_of(self.scheduler.policy_of(request).drafter)  # says now what is wrong
         self.scheduler.waiting.append(request)
         self.stats.prompt_tokens += request.prompt_length

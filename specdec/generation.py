@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import atexit
 import weakref
-from collections.abc import Generator, Hashable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -251,6 +251,9 @@ def prepare(
     for name in ALTERNATIVES:
         if not _is_neutral(name, options.get(name)):
             raise refuse(name, options[name])
+    input_ids = options.get("input_ids") if inputs is None else inputs
+    if input_ids is not None:  # what transformers says of these is hard to read
+        _check_shapes(input_ids, options.get("attention_mask"))
     for config in (options.get("generation_config"), model.generation_config):
         if stop_strings is None and config is not None:
             stop_strings = config.stop_strings
@@ -318,15 +321,8 @@ def _check_model_inputs(input_ids: Tensor, mask: Tensor | None, given: dict[str,
     for name in caches & given.keys():
         if given[name] is not None and given[name].get_seq_length() > 0:
             raise refuse("past_key_values", given[name])
-    if input_ids.ndim != 2 or 0 in input_ids.shape:
-        raise ValueError(
-            f"input_ids: expected [B, L] with at least one token, got {list(input_ids.shape)}"
-        )
+    _check_shapes(input_ids, mask)
     if mask is not None:
-        if mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask: expected {list(input_ids.shape)}, got {list(mask.shape)}"
-            )
         seen = mask.cpu() != 0  # one copy to the host, where small operations cost nothing
         if not bool(seen[:, -1].all()) or bool((seen[:, :-1] & ~seen[:, 1:]).any()):
             raise ValueError(
@@ -342,9 +338,28 @@ def _check_model_inputs(input_ids: Tensor, mask: Tensor | None, given: dict[str,
             raise refuse("position_ids", positions)
 
 
+def _check_shapes(input_ids: Tensor, mask: Tensor | None) -> None:
+    """Refuses what is no batch of token ids, or a mask that is not one of it."""
+    if not isinstance(input_ids, Tensor):
+        hint = "; pass **inputs" if isinstance(input_ids, Mapping) else ""
+        raise TypeError(
+            f"input_ids: expected a tensor [B, L], got {type(input_ids).__name__}{hint}"
+        )
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise TypeError(f"input_ids: expected integer token ids, got {input_ids.dtype}")
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            f"input_ids: expected [B, L] with at least one token, got {list(input_ids.shape)}"
+        )
+    if mask is not None and mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: expected {list(input_ids.shape)}, got {list(mask.shape)}"
+        )
+
+
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """What `generate` returns with `return_dict_in_generate=True`: transformers' output and
+    """What `generate` returns with `return_dict_in_generate=True`: transformers' output and more.
 
     `scores` and `logits` are transformers': for each new token [B, V] float32. A row that ended
     has zeros there; transformers has what the model says to its padding.

@@ -91,6 +91,8 @@ class Target:
             raise ValueError(f"layers: expected {', '.join(get_args(Layers))}, got {layers!r}")
         if backend not in get_args(Backend):
             raise ValueError(f"backend: expected {', '.join(get_args(Backend))}, got {backend!r}")
+        if max_cached_bytes is not None and max_cached_bytes < 0:
+            raise ValueError(f"max_cached_bytes: expected 0 or more, got {max_cached_bytes}")
         self.model = causal_model(model)
         check_model(self.model)
         self.backend = backend
@@ -197,6 +199,8 @@ class Target:
         if layers == "auto" and self.device.type != "cuda":
             return f"the model is on {self.device.type}"
         why = unfit(self.model, calls)
+        if why is None and not _runs_triton(self.device):
+            why = f"the model is on {self.device.type}, where Triton's kernels do not run"
         if why is not None and layers == "fused":
             raise UnsupportedModel(self.model, f"layers='fused' does not fit: {why}")
         return why
@@ -422,9 +426,23 @@ def _shape(call: AttentionCall) -> LayerShape:
 def _input_device(model: PreTrainedModel) -> torch.device:
     embeddings: Any = model.get_input_embeddings()
     device: torch.device = embeddings.weight.device
-    if device.type == "meta":  # offloaded by accelerate, whose hook says where the layer runs
+    if device.type == "meta":
+        # Offloaded by accelerate, whose hook says where the layer runs; or without values at all.
+        if not hasattr(embeddings, "_hf_hook"):
+            raise UnsupportedModel(
+                model, "its weights are on the meta device, without values; load them first"
+            )
         device = torch.device(embeddings._hf_hook.execution_device)
     return device
+
+
+def _runs_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run there: on a GPU, or by its interpreter."""
+    if device.type == "cuda":
+        return True
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
 
 
 def _memory(device: torch.device) -> int:

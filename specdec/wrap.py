@@ -150,6 +150,7 @@ class SpeculativeModel:
         adaptive: bool,
         **target_options: Any,
     ) -> None:
+        causal_model(model)
         self._model = model
         self.adaptive = adaptive
         self.prefix_cache = prefix_cache

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -385,6 +386,12 @@ def test_a_model_that_was_asked_for_hidden_states_fits_all_the_same() -> None:
 def test_other_architectures_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedModel, match="GPT2LMHeadModel is not one of LlamaForCausalLM, "):
         target(tiny_model("GPT2"))
+
+
+def test_kernels_are_refused_where_triton_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(UnsupportedModel, match="the model is on cpu, where Triton's kernels"):
+        target(tiny_model("Llama"))
 
 
 def test_parameters_made_in_inference_mode_are_left_alone() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    BatchEncoding,
     GenerationConfig,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -565,8 +566,30 @@ def test_wrong_arguments_are_named(model: Any, prompts: Tensor) -> None:
         NotImplementedError, match="streamer=Recorder is not supported: what stream"
     ):
         wrapped.stream(prompts, streamer=Recorder())
-    with pytest.raises(ValueError, match=r"input_ids: expected \[B, L\] with at least one token"):
-        wrapped.generate(prompts[:0])
+    with pytest.raises(ValueError, match="max_cached_bytes: expected 0 or more, got -1"):
+        specdec.wrap(model, max_cached_bytes=-1)
+    with pytest.raises(TypeError, match=r"model: expected a transformers model .* got NoneType"):
+        specdec.wrap(None)
+
+
+def test_what_is_no_batch_of_token_ids_is_named(model: Any, prompts: Tensor) -> None:
+    wrapped: Any = specdec.wrap(model)
+    for shape in (prompts[:0], prompts[:, :0], prompts[0]):
+        with pytest.raises(ValueError, match=r"input_ids: expected \[B, L\] with at least one"):
+            wrapped.generate(shape)
+    with pytest.raises(TypeError, match=r"input_ids: .* got BatchEncoding; pass \*\*inputs"):
+        wrapped.generate(BatchEncoding({"input_ids": prompts}))
+    with pytest.raises(TypeError, match=r"input_ids: expected integer token ids, got torch\.float"):
+        wrapped.generate(input_ids=prompts.float())
+    with pytest.raises(ValueError, match=r"attention_mask: expected .* got \[1, 2\]"):
+        wrapped.generate(prompts, attention_mask=torch.ones(1, 2))
+    vocabulary = model.config.vocab_size
+    for wrong in (-1, vocabulary):
+        ids = prompts.clone()
+        ids[-1, -1] = wrong
+        with pytest.raises(ValueError, match=rf"ids from 0 to {vocabulary - 1}.* got {wrong}"):
+            wrapped.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)
+    assert_nothing_left(wrapped)
 
 
 def test_training_mode_is_refused_and_the_model_stays_the_users(

@@ -208,6 +208,12 @@ def test_learned_positions_may_be_used_to_the_last() -> None:
         assert torch.equal(out, expected)
 
 
+def test_weights_without_values_are_refused() -> None:
+    model: Any = tiny_model("Llama")
+    with pytest.raises(UnsupportedModel, match="its weights are on the meta device"):
+        Target(model.to("meta"))
+
+
 def test_bidirectional_attention_is_refused() -> None:
     model: Any = tiny_model("Gemma3Text")
     model.model.layers[0].self_attn.is_causal = False
