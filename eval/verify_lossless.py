@@ -95,6 +95,7 @@ def verify_lossless(
         count = min(batch, samples - drawn)
         out = wrapped.generate(
             prompt,
+            attention_mask=torch.ones_like(prompt),
             do_sample=True,
             max_new_tokens=tokens,
             min_new_tokens=tokens,

@@ -35,7 +35,7 @@ def main() -> None:
     questions = [tokenizer(f"Word: {word}\nOpposite:")["input_ids"] for word in words]
     answers = ask(model, tokenizer(EXAMPLES)["input_ids"], questions, new=4)
     for word, answer in zip(words, answers, strict=True):
-        Console().print(word, "->", tokenizer.decode(answer).splitlines()[0])
+        Console().print(word, "->", tokenizer.decode(answer).strip().splitlines()[0])
 
 
 if __name__ == "__main__":
