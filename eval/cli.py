@@ -85,7 +85,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compare drafters, trees, rules and baselines on suites of prompts."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
+    sources = {p.opts[0]: context.get_parameter_source(p.name) for p in context.command.params}
     given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
     if context.invoked_subcommand is not None:
         if given:

@@ -296,6 +296,12 @@ def test_without_scipy_a_run_does_not_begin(
     assert not list(tmp_path.iterdir())
 
 
+def test_options_of_a_subcommand_stand_behind_its_name() -> None:
+    result = CliRunner().invoke(app, ["eval", "--out", "somewhere", "report", "somewhere"])
+    assert result.exit_code == 2
+    assert "got --out before it" in " ".join(result.stderr.replace("│", " ").split())
+
+
 def test_a_run_does_not_differ_from_itself(
     done: RunFolder,
 ) -> None:
