@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
@@ -86,7 +87,7 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def check_length(model: PreTrainedModel, length: int) -> None:
-    """Refuses runs in which the rotary frequencies would change half-way.
+    """Refuses runs behind the last learned position, or in which rotary frequencies would change.
 
     `dynamic` and `longrope` positions recompute every frequency once the text outgrows the original
     length; keys that are already cached would no longer fit, and rows of one batch would disagree.
@@ -96,10 +97,17 @@ def check_length(model: PreTrainedModel, length: int) -> None:
         length: prompt and new tokens of the longest request.
 
     Raises:
-        UnsupportedModel: the run could cross the original length.
+        UnsupportedModel: the run could cross the original length, or the last position.
     """
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
+    last = getattr(config, "max_position_embeddings", None)
+    if not rope and last is not None and length > last and _learns_positions(model, last):
+        raise UnsupportedModel(
+            model,
+            f"it has learned positions for {last} tokens and this run could reach {length}; lower "
+            "max_new_tokens or shorten the prompt",
+        )
     for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         kind = parameters.get("rope_type")
         if kind not in SWITCHING_ROPES:
@@ -113,3 +121,14 @@ def check_length(model: PreTrainedModel, length: int) -> None:
                 f"its {kind!r} rotary positions change beyond {original} tokens and this run could "
                 f"reach {length}; lower max_new_tokens or shorten the prompt",
             )
+
+
+def _learns_positions(model: PreTrainedModel, count: int) -> bool:
+    """Whether there is a table of so many positions; some have a few rows more in front."""
+    tokens = model.get_input_embeddings()
+    return any(
+        isinstance(module, nn.Embedding)
+        and module is not tokens
+        and count <= module.num_embeddings < count + 8
+        for module in model.modules()
+    )

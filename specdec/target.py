@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
@@ -440,6 +441,8 @@ def _runs_triton(device: torch.device) -> bool:
     """Whether Triton's kernels run there: on a GPU, or by its interpreter."""
     if device.type == "cuda":
         return True
+    if find_spec("triton") is None:
+        return False
     import triton
 
     return bool(triton.knobs.runtime.interpret)

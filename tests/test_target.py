@@ -204,8 +204,10 @@ def test_learned_positions_may_be_used_to_the_last() -> None:
     expected = greedy(model, prompts, 56)
     oracle = OracleDrafter(expected.tolist(), corrupt=0.1, vocab_size=VOCAB)
     for drafter in (oracle, RandomDrafter(VOCAB)):
-        out = greedy(specdec.wrap(model, drafter, nodes=16), prompts, 56)
-        assert torch.equal(out, expected)
+        wrapped: Any = specdec.wrap(model, drafter, nodes=16)
+        assert torch.equal(greedy(wrapped, prompts, 56), expected)
+        with pytest.raises(UnsupportedModel, match=r"learned positions for 256 .* reach 257"):
+            greedy(wrapped, prompts, 57)
 
 
 def test_weights_without_values_are_refused() -> None:
