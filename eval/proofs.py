@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specdec
 from specdec import models
+from specdec.console import readable_errors
 from specdec.drafters import DraftModel
+from specdec.eval.loading import load_model
 from specdec.eval.prompts import builtin_prompts
 from specdec.eval.provenance import provenance
 from specdec.testing import degraded
@@ -187,14 +187,10 @@ def compare_ties(model: Any, wrapped: Any, prompts: Sequence[Tensor], new: int) 
     return rows
 
 
-def load(name: str, device: str, dtype: torch.dtype) -> tuple[Any, list[Tensor]]:
+def load(name: str, device: str, dtype: str) -> tuple[Any, list[Tensor]]:
     """A model, and the built-in prompts as token ids."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    where = models.resolve(name)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True)
-    loaded = loaded.to(device).eval()
-    tokenizer: Any = AutoTokenizer.from_pretrained(where)
+    with readable_errors():
+        loaded, tokenizer = load_model(name, dtype, device)
     prompts = [
         tokenizer.apply_chat_template(
             list(prompt.messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -228,7 +224,7 @@ def continuations(
     json_file: Json = None,
 ) -> None:
     """Sampled answers to one prompt with and without speculation, at temperature 1."""
-    loaded, prompts = load(model, device, torch.float32)
+    loaded, prompts = load(model, device, "float32")
     draft = degraded(loaded, bits=4)
     tree = Topology.branching([2, 2])
     runs = {
@@ -265,7 +261,7 @@ def ties(
     json_file: Json = None,
 ) -> None:
     """Greedy answers in half precision that differ from transformers' plain ones."""
-    loaded, texts = load(model, device, getattr(torch, dtype))
+    loaded, texts = load(model, device, dtype)
     wrapped = specdec.wrap(loaded, "ngram")
     rows = compare_ties(loaded, wrapped, texts[:prompts], new)
     table = Table("run", "different answers", "95 % interval", "widest gap, in roundings")

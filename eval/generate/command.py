@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
+from specdec.eval.loading import parse_dtype
 from specdec.eval.prompts import builtin_prompts
 
 DEFAULT_ARMS = "hf-eager,hf-compile,hf-lookup,plain,ngram"
@@ -55,7 +56,7 @@ def bench_generate(
 
     device = torch.device("cuda")
     try:
-        subject = shapes.load(model, device, getattr(torch, dtype))
+        subject = shapes.load(model, device, parse_dtype(dtype))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     names = arms or (DEFAULT_RANDOM_ARMS if subject.tokenizer is None else DEFAULT_ARMS)
