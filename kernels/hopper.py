@@ -605,8 +605,8 @@ def attend(
 ) -> None:
     """Launches the kernel, which fills `out` and `lse` or leaves partial results.
 
-    `tiles.choose` knows what it is for. Beyond that it takes float16, chains, pages of any multiple
-    of 64 tokens, soft caps, sinks and log-sum-exps; it has no sliding window.
+    `tiles.choose` takes it for what it was checked with. Beyond that it has float16, chains, pages
+    of any multiple of 64 tokens, soft caps, sinks and log-sum-exps, and no sliding window.
     """
     tiling = schedule.tiling
     heads, kv_heads = query.shape[1], keys.shape[2]

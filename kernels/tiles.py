@@ -30,7 +30,7 @@ def choose(
     max_rows: int,
     max_prefix: int,
     shared: bool,
-    plain: bool = False,
+    gluon: bool = False,
 ) -> tuple[Tiling, int]:
     """The tiling for a forward, and the number of programs of its launch.
 
@@ -38,14 +38,14 @@ def choose(
         max_rows: query tokens of the largest request.
         max_prefix: committed keys of the longest, at most.
         shared: whether requests share pages, so that a block may hold rows of several.
-        plain: whether these are trees without window, soft cap, sinks and log-sum-exp.
+        gluon: whether `hopper.attend` may do it.
     """
     if query.device.type != "cuda":
         return INTERPRETED, 6
     properties = torch.cuda.get_device_properties(query.device)
     kv_heads = keys.shape[2]
     groups = query.shape[1] // kv_heads
-    if plain and _by_roles(query, keys, values, max_rows * groups, max_prefix):
+    if gluon and _by_roles(query, keys, values, max_rows * groups, max_prefix):
         return ROLES, properties.multi_processor_count
     width = max(triton.next_power_of_2(keys.shape[3]), triton.next_power_of_2(values.shape[3]))
     element = query.element_size()
@@ -82,20 +82,18 @@ def choose(
 
 
 def _by_roles(query: Tensor, keys: Tensor, values: Tensor, largest: int, prefix: int) -> bool:
-    """Whether `hopper.attend` is for this: what it was checked with, where it was faster.
+    """Whether `hopper.attend` is for this, by what it was checked with and where it was faster.
 
     Args:
         largest: rows times group of the largest request.
         prefix: committed keys of the longest.
     """
     able = (
-        torch.cuda.get_device_capability(query.device)[0] == 9
-        and query.dtype == keys.dtype == values.dtype == torch.bfloat16
+        query.dtype == keys.dtype == values.dtype == torch.bfloat16
         and {keys.shape[3], values.shape[3]} <= {64, 128}
         and keys.shape[1] == 64
         and _copyable(keys)
         and _copyable(values)
-        and _gluon()
     )
     # Rows that leave half of the last block empty are better off in smaller ones.
     full = 2 * triton.cdiv(largest, ROLES.block_m) == triton.cdiv(largest, 64)
@@ -105,13 +103,21 @@ def _by_roles(query: Tensor, keys: Tensor, values: Tensor, largest: int, prefix:
     return able and full and prefix >= 1 << 14 and work >= 1 << 24
 
 
-@functools.cache
-def _gluon() -> bool:
-    """Whether Triton has the Gluon that `hopper` is written in, which is not settled yet.
+def check_gluon(device: torch.device) -> None:
+    """Refuses what `hopper.attend` cannot run on: its Gluon is not settled yet.
 
-    Run with 3.6 and compiled with 3.9.
+    It was run with Triton 3.6 and compiled with 3.9.
+
+    Raises:
+        ValueError: another GPU, or another Triton.
     """
-    return Version("3.6") <= Version(triton.__version__) < Version("3.10")
+    known = Version("3.6") <= Version(triton.__version__) < Version("3.10")
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    if not (known and hopper):
+        raise ValueError(
+            f"backend: gluon needs a Hopper GPU and Triton 3.6 to 3.9, got {device} and "
+            f"{triton.__version__}; use triton"
+        )
 
 
 def _copyable(pages: Tensor) -> bool:

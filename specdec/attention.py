@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from specdec.pages import LayerPages
 if TYPE_CHECKING:
     from specdec.kernels.worklist import Schedule, Tiling
 
-Backend = Literal["auto", "reference", "sdpa", "triton"]
+Backend = Literal["auto", "reference", "sdpa", "triton", "gluon"]
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON_PAGE = 16
@@ -160,9 +160,10 @@ def tree_attention(
         sinks: [Hq], a logit of each head that takes part in the softmax and has no value.
         lse: [R, Hq] float32, filled with the natural logarithm of the sum of the exponentials of
             the scores a row sees, without the sink.
-        backend: `reference`, `sdpa`, `triton`, or `auto`: `triton` for float32, float16 and
-            bfloat16 on a GPU with pages of at least 16 tokens, else `sdpa`. `triton` runs on the
-            current device.
+        backend: `reference`, `sdpa`, `triton`, `gluon`, or `auto`: `triton` for float32, float16
+            and bfloat16 on a GPU with pages of at least 16 tokens, else `sdpa`. `triton` runs on
+            the current device. `gluon` is `triton` with another kernel for many rows over many
+            keys, see docs/tree-attention.md; it needs a Hopper GPU.
         mode: how `triton` cuts the work; see docs/tree-attention.md. The result is the same.
 
     Returns:
@@ -195,8 +196,9 @@ def tree_attention(
         fits = query.dtype in TRITON_DTYPES and plan.page_size >= TRITON_PAGE
         backend = "triton" if query.is_cuda and fits else "sdpa"
     match backend:
-        case "triton":
-            return _triton(query, pages, plan, scale, window, softcap, sinks, lse, mode)
+        case "triton" | "gluon":
+            gluon = backend == "gluon"
+            return _triton(query, pages, plan, scale, window, softcap, sinks, lse, mode, gluon)
         case "sdpa":
             return sdpa.tree_attention(
                 query, pages.keys, pages.values, plan.dense, scale, window, softcap, sinks, lse
@@ -218,7 +220,8 @@ def tree_attention(
                 lse,
             )
         case _:
-            raise ValueError(f"backend: expected auto, reference, sdpa or triton, got {backend!r}")
+            expected = ", ".join(get_args(Backend))
+            raise ValueError(f"backend: expected {expected}, got {backend!r}")
 
 
 def _triton(
@@ -231,6 +234,7 @@ def _triton(
     sinks: Tensor | None,
     lse: Tensor | None,
     mode: Mode,
+    gluon: bool,
 ) -> Tensor:
     import triton
 
@@ -250,10 +254,12 @@ def _triton(
     if mode not in MODES:
         raise ValueError(f"mode: expected {', '.join(MODES)}, got {mode!r}")
     heads, kv_heads = query.shape[1], pages.keys.shape[2]
-    plain = plan.ancestors is not None
-    plain = plain and all(option is None for option in (window, softcap, sinks, lse))
+    if gluon:
+        tiles.check_gluon(query.device)
+        # Trees without options are what its kernel was checked with.
+        gluon = plan.ancestors is not None and (window, softcap, sinks, lse) == (None,) * 4
     tiling, programs = tiles.choose(
-        query, pages.keys, pages.values, plan.max_rows, plan.max_prefix, plan.shared, plain
+        query, pages.keys, pages.values, plan.max_rows, plan.max_prefix, plan.shared, gluon
     )
     query = query if query.stride(2) == 1 else query.contiguous()
     sinks = None if sinks is None else sinks.contiguous()

@@ -281,7 +281,8 @@ class Target:
             return "capture is off"
         if self.fused is None:
             return f"layers by transformers: {self.unfit}"
-        triton = self.backend in ("auto", "triton") and self.cache.pool.page_size >= TRITON_PAGE
+        ours = self.backend in ("auto", "triton", "gluon")
+        triton = ours and self.cache.pool.page_size >= TRITON_PAGE
         if self.device.type == "cuda" and not triton:
             return "only attention by triton is captured"
         return None

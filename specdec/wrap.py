@@ -94,7 +94,7 @@ def wrap(
             computes only the rest.
         max_cached_bytes: for how much of that there is room, at most; by default a tenth of the
             device's memory.
-        backend: the backend of tree attention.
+        backend: the backend of tree attention, see `specdec.attention.tree_attention`.
         layers: who computes the model's layers: `fused`, in few kernels, for the standard decoder
             families; `transformers`, for all. `auto` takes the first on a GPU where it fits. Then
             the model's weights are packed where they lie, see `unwrap`.

@@ -210,7 +210,7 @@ def test_non_ancestors_are_bitwise_irrelevant(backend: Backend) -> None:
 def test_wrong_arguments_are_named() -> None:
     case = Case()
     with pytest.raises(
-        ValueError, match="backend: expected auto, reference, sdpa or triton, got 'flash'"
+        ValueError, match="backend: expected auto, reference, sdpa, triton, gluon, got 'flash'"
     ):
         case.run("flash")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="window: expected at least 1 position, got 0"):

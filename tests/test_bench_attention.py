@@ -230,7 +230,7 @@ def test_bytes_are_counted_as_the_programs_move_them(mode: Mode, partials: list[
         assert asked == key * case.requests * (case.prefix + case.rows)
     else:
         assert asked == data.kv_bytes == key * (48 + case.requests * (9 + case.rows))
-    schedule = bench.peers.schedule_of(data, mode)
+    schedule = bench.peers.schedule_of(data.plan, mode)
     written = int((~partials[-1].isnan()).any(2).any(1).sum())
     assert int(schedule.header[bench.work.PARTIALS.value]) == written
     block_m = schedule.tiling.block_m

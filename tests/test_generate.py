@@ -559,7 +559,7 @@ def test_wrong_arguments_are_named(model: Any, prompts: Tensor) -> None:
     with pytest.raises(TypeError, match=r"seed: expected an integer, got 1\.5"):
         wrapped.generate(prompts, do_sample=True, seed=1.5)
     with pytest.raises(
-        ValueError, match="backend: expected auto, reference, sdpa, triton, got 'flash'"
+        ValueError, match="backend: expected auto, reference, sdpa, triton, gluon, got 'flash'"
     ):
         specdec.wrap(model, backend="flash")  # type: ignore[arg-type]
     with pytest.raises(

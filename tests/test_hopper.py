@@ -110,9 +110,18 @@ def test_it_is_for_many_rows_over_many_keys() -> None:
     }
     for case, wanted in cases.items():
         data = Data(case, "cuda", torch.bfloat16, sets=1)
-        tree_attention(data.queries[0], data.pools[0], data.plan, backend="triton")
-        (built,) = data.plan._schedules.values()
-        assert built.tiling.roles == wanted, case
+        for backend, taken in (("triton", False), ("gluon", wanted)):
+            plan = data.new_plan()
+            tree_attention(data.queries[0], data.pools[0], plan, backend=backend)  # type: ignore[arg-type]
+            (built,) = plan._schedules.values()
+            assert built.tiling.roles == taken, case
+
+
+@pytest.mark.skipif(HOPPER, reason="it runs there")
+def test_it_is_refused_where_it_cannot_run() -> None:
+    data = Data(private(1, 16, 1), "cpu", torch.float32, sets=1)
+    with pytest.raises(ValueError, match=r"gluon needs a Hopper GPU and Triton .*, got cpu"):
+        tree_attention(data.queries[0], data.pools[0], data.plan, backend="gluon")
 
 
 COMPILE = """

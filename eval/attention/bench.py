@@ -200,7 +200,7 @@ def requested_bytes(data: Data, mode: Mode) -> int:
         data.queries[0],
         pool.keys,
         pool.values,
-        schedule=peers.schedule_of(data, mode),
+        schedule=peers.schedule_of(data.plan, mode),
         scale=1 / math.sqrt(case.dim),
         softcap=None,
         sinks=None,
@@ -211,7 +211,7 @@ def requested_bytes(data: Data, mode: Mode) -> int:
 
 def partial_bytes(data: Data, mode: Mode) -> int:
     """Bytes of partial results that one call leaves for the merge."""
-    schedule = peers.schedule_of(data, mode)
+    schedule = peers.schedule_of(data.plan, mode)
     element = 4 if data.dtype == torch.float32 else 2
     row = data.case.dim * element + 2 * 4  # the result; its log-sum-exp and its scale
     return int(schedule.header[int(work.PARTIALS)]) * schedule.tiling.block_m * row

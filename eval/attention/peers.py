@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specdec.attention import tree_attention
+from specdec.attention import AttentionPlan, Backend, tree_attention
 from specdec.eval.attention import clock
 from specdec.eval.attention.cases import Case
 from specdec.eval.attention.data import MEMORY, Data
@@ -59,19 +59,20 @@ def _always(_: Case) -> None:
     return None
 
 
-def _prepare_ours(mode: Mode, data: Data) -> Prepared:
+def _prepare_ours(mode: Mode, data: Data, backend: Backend = "triton") -> Prepared:
     case = data.case
+    plan = data.plan if backend == "triton" else data.new_plan()  # a work list of its own
 
     def run(index: int) -> Tensor:
         return tree_attention(
-            data.queries[index], data.pools[index], data.plan, backend="triton", mode=mode
+            data.queries[index], data.pools[index], plan, backend=backend, mode=mode
         )
 
     run(0)
-    built = schedule_of(data, mode)
+    built = schedule_of(plan, mode)
 
     def build(_: int) -> Tensor:
-        fresh = replace(data.plan)  # the same tensors, no schedules yet
+        fresh = replace(plan)  # the same tensors, no schedules yet
         return fresh.schedule(
             case.heads, case.kv_heads, built.window, mode, built.tiling, built.programs
         ).header
@@ -84,9 +85,9 @@ def _prepare_ours(mode: Mode, data: Data) -> Prepared:
     return Prepared(run, plan_us, "device", f"{built.programs} programs of {built.tiling}")
 
 
-def schedule_of(data: Data, mode: Mode) -> Schedule:
+def schedule_of(plan: AttentionPlan, mode: Mode) -> Schedule:
     """The work list that the last call in `mode` built and the plan keeps."""
-    return next(built for built in data.plan._schedules.values() if built.mode == mode)
+    return next(built for built in plan._schedules.values() if built.mode == mode)
 
 
 def _sdpa_applies(case: Case) -> str | None:
@@ -324,6 +325,7 @@ PEERS = {
     peer.name: peer
     for peer in (
         *(Peer(f"{OURS}{mode}", _always, partial(_prepare_ours, mode)) for mode in reversed(MODES)),
+        Peer("gluon", _always, partial(_prepare_ours, "auto", backend="gluon")),
         Peer("sdpa", _sdpa_applies, _prepare_sdpa),
         Peer("sdpa_dense", _sdpa_applies, _prepare_sdpa_dense, paged=False),
         Peer("flex", _flex_applies, _prepare_flex),
