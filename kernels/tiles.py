@@ -121,10 +121,10 @@ def check_gluon(device: torch.device) -> None:
 
 
 def _copyable(pages: Tensor) -> bool:
-    """Whether the copy engine can read tiles of one head: it wants 16 bytes, and powers of two."""
+    """Whether the copy engine can read tiles of one head: it brings them as they are, not padded."""
     dim, size = pages.shape[3], pages.element_size()
     aligned = pages.data_ptr() % 16 == 0 and pages.stride(1) * size % 16 == 0
-    return aligned and dim * size >= 16 and dim == triton.next_power_of_2(dim)
+    return aligned and dim >= 16 and dim == triton.next_power_of_2(dim)
 
 
 @functools.cache

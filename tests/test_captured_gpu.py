@@ -199,7 +199,8 @@ def test_all_graphs_share_their_memory() -> None:
         wrapped.generate(ids, max_new_tokens=12, do_sample=False)
         return torch.cuda.memory_reserved() - before
 
-    taken(64)
+    for _ in range(2):  # passes over prompts are captured when they come again
+        taken(64)
     assert len(wrapped._driven().graphs.captured) == 1
     assert sum(taken(nodes) for nodes in range(33, 64, 5)) <= 2 * 2**20 * 7
     assert len(wrapped._driven().graphs.captured) == 8
