@@ -66,12 +66,16 @@ def _scores(qk, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _pages(table, t, stop, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
-    """The pages in which tile `t` lies: one, or as many as it has parts."""
+def _pages(AT, wanted, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
+    """The pages of a tile, by its parts: one for each, or where a part has several, by key."""
+    PART_N: tl.constexpr = BLOCK_N // PARTS
     pages = ()
     for part in tl.static_range(PARTS):
-        at = t * BLOCK_N // PAGE + part
-        pages = pages + (tl.load(table + at, mask=t < stop, other=0),)
+        at, mine = AT + part, wanted
+        if PART_N > PAGE:
+            key = tl.arange(0, PART_N)
+            at, mine = at + key // PAGE, key < tl.where(wanted, PART_N, 0)
+        pages = pages + (tl.load(at, mask=mine, other=0),)
     return pages
 
 
@@ -80,12 +84,16 @@ def _dense(
     PAGES, TILES, page, offset, head, tile, dims, token,
     D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """Neighbouring keys or values of one page: [PART, DP], zeros behind dimension D."""
+    """Keys or values of a part of a tile: [PART, DP], zeros behind dimension D."""
+    # Narrowed here: a conversion right behind the load of the page ends Triton's pipeline.
     if BULK:
-        # Narrowed here: a conversion right behind the load of the page ends Triton's pipeline.
         x = TILES.load([page.to(tl.int32) * PAGE + offset, head * D])
     else:
-        at = PAGES + (page * PAGE + offset) * token + (tile[:, None] * token + dims[None, :])
+        if tile.numel > PAGE:
+            slots = page.to(tl.int32) * PAGE + tile % PAGE
+            at = PAGES + slots[:, None].to(tl.int64) * token + dims[None, :]
+        else:
+            at = PAGES + (page * PAGE + offset) * token + (tile[:, None] * token + dims[None, :])
         x = tl.load(at) if D == DP else tl.load(at, mask=dims[None, :] < D, other=0.0)
     return x
 
@@ -190,8 +198,8 @@ def _attend_kernel(
     workers = tl.load(HEADER + WORKERS)
     q_dtype: tl.constexpr = Q.dtype.element_ty
     PRECISION: tl.constexpr = "ieee" if q_dtype == tl.float32 else "tf32"
-    PART_N: tl.constexpr = min(PAGE, BLOCK_N)
-    PARTS: tl.constexpr = BLOCK_N // PART_N
+    PARTS: tl.constexpr = max(1, BLOCK_N // PAGE) if BULK else 1
+    PART_N: tl.constexpr = BLOCK_N // PARTS
     k_dims, v_dims = tl.arange(0, DKP), tl.arange(0, DVP)
     block_rows, tile = tl.arange(0, BLOCK_M), tl.arange(0, PART_N)
     loose_tile = tl.arange(0, LOOSE_N)
@@ -216,9 +224,10 @@ def _attend_kernel(
         slot0 = tl.load(at + SLOT0)
         pieces = tl.load(at + PIECES)
         entry = step
+        found = _pages(at + FIRST_PAGE, worker >= 0, PAGE, BLOCK_N, PARTS)
         pages_at_entry = ()
         for part in tl.static_range(PARTS):
-            pages_at_entry = pages_at_entry + (tl.load(at + FIRST_PAGE + part).to(tl.int64),)
+            pages_at_entry = pages_at_entry + (found[part].to(tl.int64),)
         while step < stop:
             column = (step - start) // steps
             begin = step - start - column * steps
@@ -243,16 +252,25 @@ def _attend_kernel(
                 slots, tag = _listed(KEY_SLOTS, KEY_TAGS, loose_next, listed)
             if PDL:  # the work list is older than the launch before; queries and keys are not
                 if BRING:  # noqa: SIM102 - known when the kernel is compiled
-                    # Several blocks would ask for the same keys.
-                    if (step == entry) & (worker < programs) & (blocks == 1):
-                        near = (tile >= 0) & (first < last)
-                        for part in tl.static_range(PARTS):
-                            token = pages_at_entry[part] * PAGE + first * BLOCK_N % PAGE + tile
-                            bring(K + head * k_head, token * k_token, near, DK)
-                            bring(V + head * v_head, token * v_token, near, DV)
-                        token = slots.to(tl.int64)
-                        bring(K + head * k_head, token * k_token, slots >= 0, DK)
-                        bring(V + head * v_head, token * v_token, slots >= 0, DV)
+                    # When memory is busy, what is asked for late waits behind all before it.
+                    if (step == entry) & (worker < programs):
+                        bring(Q, row.to(tl.int64) * q_row + query_head * q_head, real, DK)
+                        bring(ROW_REQUESTS, row, real, 1)
+                        if not CAUSAL:
+                            for word in tl.static_range(W):
+                                bring(WORDS, row * W + word, real & (listed > key0), 1)
+                        if block == 0:  # the others read the same keys
+                            near = (tile >= 0) & (first < last)
+                            within = (first * BLOCK_N + tile) % PAGE
+                            for part in tl.static_range(PARTS):
+                                token = pages_at_entry[part] * PAGE + within
+                                bring(K + head * k_head, token * k_token, near, DK)
+                                bring(V + head * v_head, token * v_token, near, DV)
+                            if not BULK:
+                                slots, tag = _listed(KEY_SLOTS, KEY_TAGS, loose_next, listed)
+                            token = slots.to(tl.int64)
+                            bring(K + head * k_head, token * k_token, slots >= 0, DK)
+                            bring(V + head * v_head, token * v_token, slots >= 0, DV)
                 tl.extra.cuda.gdc_wait()
             row_request = tl.load(ROW_REQUESTS + row, mask=real, other=-2)
             at_q = Q + row[:, None].to(tl.int64) * q_row + query_head[:, None] * q_head
@@ -272,10 +290,11 @@ def _attend_kernel(
             # Prefix tiles: every row sees every key. The page is fetched one step ahead.
             pages = pages_at_entry
             if step > entry:
-                pages = _pages(table, first, last, PAGE, BLOCK_N, PARTS)
+                pages = _pages(table + first * BLOCK_N // PAGE, first < last, PAGE, BLOCK_N, PARTS)
             for t in tl.range(first, last, num_stages=STAGES):
                 now = pages
-                pages = _pages(table, t + 1, last, PAGE, BLOCK_N, PARTS)
+                next_page = table + (t + 1) * BLOCK_N // PAGE
+                pages = _pages(next_page, t + 1 < last, PAGE, BLOCK_N, PARTS)
                 within = t * BLOCK_N % PAGE
                 scores = ()
                 for part in tl.static_range(PARTS):
@@ -439,7 +458,7 @@ def tree_attention(
             BLOCK_N=tiling.block_n, LOOSE_N=tiling.loose_n,
             LOOSE_STAGES=tiling.loose_stages, LOOSE_STEPS=tiling.loose_steps, STAGES=tiling.stages,
             COUNT=counter is not None, SAME_TOKEN=keys.stride(1) == values.stride(1),
-            BULK=tiling.bulk, BRING=tiling.bring and tiling.bulk, **same,
+            BULK=tiling.bulk, BRING=tiling.bring, **same,
             num_warps=tiling.warps, enable_fp_fusion=True,
             **({"launch_pdl": True} if early else {}),
         )  # fmt: skip

@@ -66,13 +66,17 @@ def choose(
         long=max_prefix > SHORT,
         heavy=len(query) * groups * max_prefix >= HEAVY,
     )
-    # Where rows fill blocks of their own, every request would ask for the pages that it shares.
-    tiling = replace(tiling, bring=not (shared and max_rows * groups >= tiling.block_m))
+    if tiling.block_m == tiling.block_n == 64 and (max_rows > 16 or max_prefix > SHORT):
+        tiling = replace(tiling, loose_n=64)  # a turn of 64 costs less than two of 32
     most = MAX_PARTS * keys.shape[1]
     if tiling.block_n > most:
         tiling = replace(tiling, block_n=most, loose_n=min(most, tiling.loose_n))
     tiling = fit(tiling, width, element, properties.shared_memory_per_multiprocessor)
     programs = processors * tiling.ctas
+    # Where a program has several columns, or others read the same pages, asking ahead costs more
+    # than it brings.
+    full, columns = max_rows * groups >= tiling.block_m, len(query) // max_rows * kv_heads
+    tiling = replace(tiling, bring=not shared or (not full and columns <= programs))
     if tiling.block_m == 64 and few and (blocks == 1 or blocks * max_prefix <= 4 * SHORT):
         # Memory keeps up with fewer programs than there is room for. More of them make more partial
         # results, and leave no room for the programs of the merge to wait beside them. Blocks that
@@ -121,7 +125,7 @@ def check_gluon(device: torch.device) -> None:
 
 
 def _copyable(pages: Tensor) -> bool:
-    """Whether the copy engine can read tiles of one head: it brings them as they are, not padded."""
+    """Whether the copy engine can read tiles of one head, which it cannot pad."""
     dim, size = pages.shape[3], pages.element_size()
     aligned = pages.data_ptr() % 16 == 0 and pages.stride(1) * size % 16 == 0
     return aligned and dim >= 16 and dim == triton.next_power_of_2(dim)

@@ -80,7 +80,7 @@ class Tiling:
     start_steps: int = 4  # so is beginning a column
     bulk: bool = False  # tiles are copied by the copy engine of Hopper and later (TMA)
     roles: bool = False  # warps share the work by role, see kernels/hopper.py
-    bring: bool = False  # with `bulk`: a program asks for its first keys before it may read any
+    bring: bool = False  # a program asks for what it needs first before it may read any of it
 
 
 @dataclass(eq=False)
