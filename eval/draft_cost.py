@@ -85,7 +85,7 @@ def _calls(
 ) -> list[Row]:
     options.setdefault("drafter", "none" if nodes == 1 else "ngram")
     model: Any = specdec.wrap(target, nodes=nodes, **options)
-    model.warm_up(progress=False)
+    model.warm_up(longest=ids.shape[1] + new, progress=False)
     rows = []
     for call in range(CALLS):
         model.cache.prefixes.clear()  # the prompt is computed each time

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from specdec.captured import SHORTEST
 from specdec.console import err
 from specdec.passes import ROWS
 
@@ -17,19 +18,32 @@ NEW_TOKENS = 48
 """Enough for a step with trees of every size to be compiled, captured and timed."""
 
 
-def warm_up(model: SpeculativeModel, *, requests: int, progress: bool) -> None:
+def warm_up(model: SpeculativeModel, *, requests: int, longest: int, progress: bool) -> None:
     """See `SpeculativeModel.warm_up`."""
     target = model._driven()
     calls = [(requests, ROWS[0], NEW_TOKENS)]
     if target.uncaptured is None:
         # The longest first, so that nothing moves later: neither pages nor the texts of steps, of
         # which there is one behind the token that comes with the prompt. The second call captures.
-        calls = [*((1, rows, 2) for rows in reversed(ROWS) for _ in range(2)), *calls]
+        passes = [(1, rows, 2) for rows in reversed(ROWS) for _ in range(2)]
+        calls = [*_long_calls(requests, longest), *passes, *calls]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, console=err, disable=not progress, transient=True) as display:
         for call in display.track(calls, description="capturing"):
             _generate(model, *call)
     target.graphs.forget_budgets()
+
+
+def _long_calls(requests: int, longest: int) -> list[tuple[int, int, int]]:
+    """A call for each length of prefix that steps are captured for anew, up to `longest`."""
+    if longest <= SHORTEST:
+        return []
+    starts = [longest - NEW_TOKENS]
+    reach = 1 << (longest - 1).bit_length()  # of the steps for the longest
+    while reach > 2 * SHORTEST:
+        reach //= 2
+        starts.append(reach // 2 + 1)
+    return [(requests, start, NEW_TOKENS) for start in starts]
 
 
 def _generate(model: SpeculativeModel, requests: int, rows: int, new: int) -> None:

@@ -324,18 +324,26 @@ class SpeculativeModel:
         """The model's paged cache."""
         return self._driven().cache
 
-    def warm_up(self, requests: int = 1, *, progress: bool = True) -> None:
+    def warm_up(self, requests: int = 1, *, longest: int = 1024, progress: bool = True) -> None:
         """Does now what the first calls would take longer for: compiles kernels, captures steps.
 
         That is for greedy decoding with the drafter, rule and node budget that are set now; other
-        sampling options, batches and prefixes beyond 1,024 tokens are captured when they come.
+        sampling options, more requests and longer texts are captured when they come.
 
         Args:
             requests: that will decode at once.
+            longest: tokens of a text, the new ones included. Steps are captured anew where texts
+                pass 1,024 tokens and every power of two from there on; up to this many, now.
             progress: show a bar on standard error.
+
+        Raises:
+            ValueError: `requests` or `longest` is below 1.
+            UnsupportedModel: the model does not allow texts of that length.
+            OutOfPages: the cache may not grow to so many of them.
         """
         check_count("requests", requests)
-        warm_up(self, requests=requests, progress=progress)
+        check_count("longest", longest)
+        warm_up(self, requests=requests, longest=longest, progress=progress)
 
     def without_drafts(self) -> SpeculativeModel:
         """The same model in the same loop with an empty tree: the baseline to compare with."""

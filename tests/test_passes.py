@@ -127,6 +127,25 @@ def test_warming_up_leaves_nothing_but_passes_and_steps(capsys: pytest.CaptureFi
     assert (driven.passes._passes, driven.graphs._graphs) == (passes, steps), "nothing was missing"
 
 
+def test_steps_for_longer_texts_are_made_in_advance(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("captured.SHORTEST", "warmup.SHORTEST"):
+        monkeypatch.setattr(f"specdec.{place}", 64)
+    monkeypatch.setattr("specdec.warmup.ROWS", (16,))
+    monkeypatch.setattr("specdec.warmup.NEW_TOKENS", 30)
+    model: Any = specdec.wrap(model_here(), "ngram", layers="fused", nodes=8)
+    model.prefix_cache = False  # or pages are kept, and the cache grows
+    model.warm_up(longest=300, progress=False)
+    steps = dict(model._driven().graphs._graphs)
+    assert {graph.step.longest for graph in steps.values()} == {64, 128, 256, 512}
+    for length in (20, 100, 240):
+        ids = tokens(length)[None]
+        mask = torch.ones_like(ids)
+        model.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False)
+    assert model._driven().graphs._graphs == steps, "nothing was missing"
+    with pytest.raises(ValueError, match="longest"):
+        model.warm_up(longest=0)
+
+
 @pytest.mark.gpu
 def test_prompts_and_trees_from_the_host_are_replayed() -> None:
     hf_model = model_here()

@@ -178,7 +178,8 @@ def _measure(
 ) -> None:
     begin = time.perf_counter()
     if arm.wrapped is not None:
-        arm.wrapped.warm_up(progress=False)
+        longest = max(prompt.shape[1] for _, prompt in prompts) + new_tokens
+        arm.wrapped.warm_up(longest=longest, progress=False)
     _timed(arm, prompts[0][1], 8)
     found.start_seconds = time.perf_counter() - begin
     _timed(arm, prompts[-1][1], new_tokens)
