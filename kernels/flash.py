@@ -74,6 +74,7 @@ def _pages(AT, wanted, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.cons
         at, mine = AT + part, wanted
         if PART_N > PAGE:
             key = tl.arange(0, PART_N)
+            # Of numbers: the interpreter makes no mask of a truth value and a vector of them.
             at, mine = at + key // PAGE, key < tl.where(wanted, PART_N, 0)
         pages = pages + (tl.load(at, mask=mine, other=0),)
     return pages
@@ -266,8 +267,8 @@ def _attend_kernel(
                                 token = pages_at_entry[part] * PAGE + within
                                 bring(K + head * k_head, token * k_token, near, DK)
                                 bring(V + head * v_head, token * v_token, near, DV)
-                            if not BULK:
-                                slots, tag = _listed(KEY_SLOTS, KEY_TAGS, loose_next, listed)
+                            if not BULK:  # these stay here; registers are short
+                                slots, _ = _listed(KEY_SLOTS, KEY_TAGS, loose_next, listed)
                             token = slots.to(tl.int64)
                             bring(K + head * k_head, token * k_token, slots >= 0, DK)
                             bring(V + head * v_head, token * v_token, slots >= 0, DV)
@@ -458,7 +459,7 @@ def tree_attention(
             BLOCK_N=tiling.block_n, LOOSE_N=tiling.loose_n,
             LOOSE_STAGES=tiling.loose_stages, LOOSE_STEPS=tiling.loose_steps, STAGES=tiling.stages,
             COUNT=counter is not None, SAME_TOKEN=keys.stride(1) == values.stride(1),
-            BULK=tiling.bulk, BRING=tiling.bring, **same,
+            BULK=tiling.bulk, BRING=tiling.bring and dependent, **same,
             num_warps=tiling.warps, enable_fp_fusion=True,
             **({"launch_pdl": True} if early else {}),
         )  # fmt: skip

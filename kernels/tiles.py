@@ -73,9 +73,9 @@ def choose(
         tiling = replace(tiling, block_n=most, loose_n=min(most, tiling.loose_n))
     tiling = fit(tiling, width, element, properties.shared_memory_per_multiprocessor)
     programs = processors * tiling.ctas
-    # Where a program has several columns, or others read the same pages, asking ahead costs more
-    # than it brings.
-    full, columns = max_rows * groups >= tiling.block_m, len(query) // max_rows * kv_heads
+    # Where requests share pages, those that fill blocks of their own would all ask for the same,
+    # and to ask for many short columns costs more than it brings.
+    full, columns = max_rows * groups >= tiling.block_m, len(query) // max(1, max_rows) * kv_heads
     tiling = replace(tiling, bring=not shared or (not full and columns <= programs))
     if tiling.block_m == 64 and few and (blocks == 1 or blocks * max_prefix <= 4 * SHORT):
         # Memory keeps up with fewer programs than there is room for. More of them make more partial

@@ -23,27 +23,35 @@ def warm_up(model: SpeculativeModel, *, requests: int, longest: int, progress: b
     target = model._driven()
     calls = [(requests, ROWS[0], NEW_TOKENS)]
     if target.uncaptured is None:
-        # The longest first, so that nothing moves later: neither pages nor the texts of steps, of
-        # which there is one behind the token that comes with the prompt. The second call captures.
+        # The longest first, so that nothing moves later: neither pages nor the texts of steps. Of
+        # these there is one behind the token that comes with the prompt, in passes. The second call
+        # captures a pass.
         passes = [(1, rows, 2) for rows in reversed(ROWS) for _ in range(2)]
-        calls = [*_long_calls(requests, longest), *passes, *calls]
+        starts = _long_starts(longest, model.nodes)
+        calls = [*((requests, start, NEW_TOKENS) for start in starts), *passes, *calls]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, console=err, disable=not progress, transient=True) as display:
-        for call in display.track(calls, description="capturing"):
-            _generate(model, *call)
-    target.graphs.forget_budgets()
+        try:
+            for call in display.track(calls, description="capturing"):
+                _generate(model, *call)
+        finally:
+            target.graphs.forget_budgets()
 
 
-def _long_calls(requests: int, longest: int) -> list[tuple[int, int, int]]:
-    """A call for each length of prefix that steps are captured for anew, up to `longest`."""
-    if longest <= SHORTEST:
+def _long_starts(longest: int, nodes: int) -> list[int]:
+    """Prompts behind which steps are captured anew, for texts of up to `longest` tokens.
+
+    A step is captured for its text, what the steps before it may still add, and its tree.
+    """
+    last = max(1, longest - NEW_TOKENS)
+    starts = [last]
+    reach = 1 << (longest + 3 * nodes - 1).bit_length()
+    if reach <= SHORTEST:
         return []
-    starts = [longest - NEW_TOKENS]
-    reach = 1 << (longest - 1).bit_length()  # of the steps for the longest
-    while reach > 2 * SHORTEST:
+    while reach > SHORTEST:
+        starts.append(max(1, min(reach // 2 + 1 - nodes, last)))
         reach //= 2
-        starts.append(reach // 2 + 1)
-    return [(requests, start, NEW_TOKENS) for start in starts]
+    return list(dict.fromkeys(starts))
 
 
 def _generate(model: SpeculativeModel, requests: int, rows: int, new: int) -> None:

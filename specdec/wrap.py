@@ -332,14 +332,17 @@ class SpeculativeModel:
 
         Args:
             requests: that will decode at once.
-            longest: tokens of a text, the new ones included. Steps are captured anew where texts
-                pass 1,024 tokens and every power of two from there on; up to this many, now.
+            longest: tokens of a text, the new ones included. Steps are captured anew where a text
+                and its tree pass 1,024 tokens and every power of two from there on; up to this
+                many, now. At most 64 steps are kept; the first ones make way.
             progress: show a bar on standard error.
 
         Raises:
             ValueError: `requests` or `longest` is below 1.
-            UnsupportedModel: the model does not allow texts of that length.
-            OutOfPages: the cache may not grow to so many of them.
+            UnsupportedModel: the model does not allow texts of that length, or of the 1,026 tokens
+                that passes over prompts are captured with.
+            OutOfPages: the cache may not grow to one such text. Where it may not grow to as many
+                as `requests`, steps are captured for fewer.
         """
         check_count("requests", requests)
         check_count("longest", longest)

@@ -187,8 +187,9 @@ def test_pages_and_tiles_of_different_sizes(page_size: int, block_n: int) -> Non
     scene = Scene([150, 200, 65], [BRANCHES] * 3, [None, (0, 128), None], page_size=page_size)
     for mode in ("sequence", "auto"):
         for bulk in (False, True) if BULK else (False,):
-            tiling = Tiling(16, block_n, 4, 2, 1, loose_n=16, bulk=bulk, bring=bulk)
-            scene.check(scene.tiled(mode, tiling))
+            for bring in (False, True) if GPU else (False,):
+                tiling = Tiling(16, block_n, 4, 2, 1, loose_n=16, bulk=bulk, bring=bring)
+                scene.check(scene.tiled(mode, tiling))
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -179,6 +179,7 @@ def _measure(
     begin = time.perf_counter()
     if arm.wrapped is not None:
         longest = max(prompt.shape[1] for _, prompt in prompts) + new_tokens
+        longest = max(longest, CONTEXT + 256)  # what steps are taken apart in
         arm.wrapped.warm_up(longest=longest, progress=False)
     _timed(arm, prompts[0][1], 8)
     found.start_seconds = time.perf_counter() - begin
@@ -223,8 +224,9 @@ def _steps(arm: Arm, prompt: Tensor) -> list[StepResult]:
     for _ in range(8):
         next(stream)
     latest: dict[int, Graph] = {}
+    reach = 1 << CONTEXT.bit_length()  # of what the stream runs: more than CONTEXT tokens
     for graph in arm.wrapped._driven().graphs.captured:
-        if len(graph.step.texts.lengths) == 1:
+        if len(graph.step.texts.lengths) == 1 and graph.step.longest == reach:
             latest[graph.step.trees.nodes] = graph
     # What is replayed behind the leased pages is written to the trash page.
     found = [_take_apart(nodes, graph) for nodes, graph in sorted(latest.items())]
