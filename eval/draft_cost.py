@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import specdec
+from specdec.console import err, out
 from specdec.drafters import Beam, DraftModel
 from specdec.eval.attention.bench import provenance
 from specdec.eval.generate import shapes
@@ -58,7 +58,7 @@ class Row:
         return 1000 * self.seconds / self.steps
 
 
-def measure(target: Any, draft: Any, ids: Tensor, new: int) -> list[Row]:
+def measure(target: Any, draft: Any, ids: Tensor, new: int) -> Iterator[Row]:
     """All trees of one size, then those that the node budget may shrink.
 
     Args:
@@ -66,32 +66,31 @@ def measure(target: Any, draft: Any, ids: Tensor, new: int) -> list[Row]:
         ids: [1, L] prompt.
         new: tokens of a call with trees of one size; the others have four times as many.
     """
-    rows = _calls("none", "plain", target, ids, new, 1)
+    yield from _calls("none", "plain", target, ids, new, 1)
     for tree, (shape, nodes) in TREES.items():
         for way, capture in (("captured", True), ("uncaptured", False)):
             drafter = DraftModel(draft, shape)
             options = {"drafter": drafter, "adaptive": False, "capture": capture}
-            rows += _calls(tree, way, target, ids, new, nodes, **options)
-    rows += _calls("none", "adaptive", target, ids, 4 * new, 1)
+            yield from _calls(tree, way, target, ids, new, nodes, **options)
+    yield from _calls("none", "adaptive", target, ids, 4 * new, 1)
     for tree in ADAPTIVE:
         shape, nodes = TREES[tree]
         drafter = DraftModel(draft, shape)
-        rows += _calls(tree, "adaptive", target, ids, 4 * new, nodes, drafter=drafter)
-    return [*rows, *_calls("n-grams, 32 nodes", "adaptive", target, ids, 4 * new, 32)]
+        yield from _calls(tree, "adaptive", target, ids, 4 * new, nodes, drafter=drafter)
+    yield from _calls("n-grams, 32 nodes", "adaptive", target, ids, 4 * new, 32)
 
 
 def _calls(
     tree: str, way: str, target: Any, ids: Tensor, new: int, nodes: int, **options: Any
-) -> list[Row]:
+) -> Iterator[Row]:
     options.setdefault("drafter", "none" if nodes == 1 else "ngram")
     model: Any = specdec.wrap(target, nodes=nodes, **options)
     model.warm_up(longest=ids.shape[1] + new, progress=False)
-    rows = []
     for call in range(CALLS):
         model.cache.prefixes.clear()  # the prompt is computed each time
         _wait(ids)
         start = time.perf_counter()
-        out = model.generate(
+        answer = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new,
@@ -102,9 +101,9 @@ def _calls(
         )
         _wait(ids)
         seconds = time.perf_counter() - start
-        rows.append(Row(tree, way, call, seconds, out.stats.steps, out.stats.tokens_per_step))
+        stats = answer.stats
+        yield Row(tree, way, call, seconds, stats.steps, stats.tokens_per_step)
     model.unwrap()
-    return rows
 
 
 def _wait(ids: Tensor) -> None:
@@ -140,16 +139,18 @@ def main(
     device = torch.device("cuda")
     models = [shapes.load(name, device, torch.bfloat16).model for name in (target, draft)]
     ids = torch.randint(1, 100_000, (1, prompt), device=device)
-    rows = measure(models[0], models[1], ids, new)
-    Console(width=120).print(show(rows))
-    if json_file is not None:
-        record: dict[str, Any] = {
-            "provenance": provenance(device, torch.bfloat16),
-            "target": target,
-            "draft": draft,
-            "rows": [asdict(row) for row in rows],
-        }
-        json_file.write_text(json.dumps(record, indent=1))
+    record: dict[str, Any] = {
+        "provenance": provenance(device, torch.bfloat16),
+        "target": target,
+        "draft": draft,
+    }
+    rows: list[Row] = []
+    for row in measure(models[0], models[1], ids, new):
+        rows.append(row)
+        err.print(f"{row.tree}, {row.way}: {row.step_ms:.2f} ms a step")
+        if json_file is not None:  # as they come: somebody may run out of time
+            json_file.write_text(json.dumps({**record, "rows": [*map(asdict, rows)]}, indent=1))
+    out.print(show(rows))
 
 
 if __name__ == "__main__":

@@ -365,6 +365,16 @@ def check_count(name: str, value: object, most: int | None = None) -> None:
         raise ValueError(f"{name}: expected {allowed}, got {value}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Refuses what is neither True nor False: the string "no" is true.
+
+    Raises:
+        TypeError: with the argument's name.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
 def _layer(places: dict[int, tuple[LayerGroup, int]], index: int) -> LayerPages:
     group, place = places[index]
     return LayerPages(group.keys[place], group.values[place])

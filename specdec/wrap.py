@@ -31,7 +31,7 @@ from specdec.generation import (
     stream,
 )
 from specdec.guidance import bind
-from specdec.pages import check_count
+from specdec.pages import check_count, check_flag
 from specdec.prompt_logprobs import PromptScores
 from specdec.request import Policy, Request, Verified, token_ids
 from specdec.rules import check_rule, select_rule
@@ -107,6 +107,9 @@ def wrap(
         UnsupportedModel: the model cannot be driven with trees; the message says why.
         TypeError, ValueError: an argument is wrong; the message names it.
     """
+    flags = {"prefix_cache": prefix_cache, "capture": capture, "adaptive": adaptive}
+    for name, flag in flags.items():
+        check_flag(name, flag)
     return SpeculativeModel(
         model,
         drafter,

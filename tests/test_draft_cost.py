@@ -13,7 +13,7 @@ from specdec.testing import tiny_model
 def test_every_tree_is_run_both_ways() -> None:
     target: Any = tiny_model("Llama", num_hidden_layers=1)
     draft: Any = tiny_model("Llama", num_hidden_layers=1)
-    rows = measure(target, draft, torch.randint(1, 90, (1, 12)), 4)
+    rows = list(measure(target, draft, torch.randint(1, 90, (1, 12)), 4))
     ways = [(row.tree, row.way) for row in rows[::CALLS]]
     assert ways == [
         ("none", "plain"),

@@ -554,6 +554,8 @@ def test_wrong_arguments_are_named(model: Any, prompts: Tensor) -> None:
         wrapped.generate(prompts, typo=3)
     with pytest.raises(TypeError, match="nodes: expected an integer, got '8'"):
         specdec.wrap(model, nodes="8")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="capture: expected True or False, got 'no'"):
+        specdec.wrap(model, capture="no")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"page_size: expected an integer, got 2\.0"):
         specdec.wrap(model, page_size=2.0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"seed: expected an integer, got 1\.5"):
