@@ -253,7 +253,7 @@ def _attend_kernel(
                 slots, tag = _listed(KEY_SLOTS, KEY_TAGS, loose_next, listed)
             if PDL:  # the work list is older than the launch before; queries and keys are not
                 if BRING:  # noqa: SIM102 - known when the kernel is compiled
-                    # When memory is busy, what is asked for late waits behind all before it.
+                    # What every piece needs first, before all programs ask for their tiles.
                     if (step == entry) & (worker < programs):
                         bring(Q, row.to(tl.int64) * q_row + query_head * q_head, real, DK)
                         bring(ROW_REQUESTS, row, real, 1)

@@ -45,6 +45,11 @@ TIME_MEMORY = 0.2
 """Weight of the newest time of a step among those before."""
 
 
+def reach(tokens: int) -> int:
+    """Of the steps for a text of so many tokens, its tree included: what they are captured for."""
+    return max(SHORTEST, 1 << (tokens - 1).bit_length())
+
+
 @dataclass(frozen=True)
 class Report:
     """What a step gave one request, as the device tells it."""
@@ -305,7 +310,7 @@ class StepGraphs:
         if places != self._places:  # the old graphs would write to memory that is others' now
             self._graphs.clear()
             self._places = places
-        longest = max(SHORTEST, 1 << (longest - 1).bit_length())
+        longest = reach(longest)
         # What all requests with such options have in common, not the policy of one call.
         how = _same(policy.drafter) if nodes > 1 else None, _settings(policy.rule)
         count = len(texts.lengths)

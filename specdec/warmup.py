@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from specdec.captured import SHORTEST
+from specdec.captured import SHORTEST, reach
 from specdec.console import err
 from specdec.passes import ROWS
 
@@ -44,14 +44,13 @@ def _long_starts(longest: int, nodes: int) -> list[int]:
     A step is captured for its text, what the steps before it may still add, and its tree.
     """
     last = max(1, longest - NEW_TOKENS)
-    starts = [last]
-    reach = 1 << (longest + 3 * nodes - 1).bit_length()
-    if reach <= SHORTEST:
-        return []
-    while reach > SHORTEST:
-        starts.append(max(1, min(reach // 2 + 1 - nodes, last)))
-        reach //= 2
-    return list(dict.fromkeys(starts))
+    farthest = reach(longest + 3 * nodes)
+    starts = []
+    while farthest > SHORTEST:
+        starts.append(max(1, min(farthest // 2 + 1 - nodes, last)))
+        farthest //= 2
+    # The longest first; what it has room for, the others have, too.
+    return list(dict.fromkeys([last, *starts])) if starts else []
 
 
 def _generate(model: SpeculativeModel, requests: int, rows: int, new: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from specdec.captured import Graph
+from specdec.captured import Graph, reach
 from specdec.eval.attention.bench import provenance
 from specdec.eval.generate.arms import Arm
 from specdec.eval.generate.shapes import Subject
@@ -36,6 +36,8 @@ PARTS = {
 
 CONTEXT = 1024
 """Tokens before the steps that are taken apart."""
+STREAMED = 256
+"""New tokens of the text that they are in, at most."""
 TRACED = 8
 """Steps of a trace."""
 
@@ -179,7 +181,7 @@ def _measure(
     begin = time.perf_counter()
     if arm.wrapped is not None:
         longest = max(prompt.shape[1] for _, prompt in prompts) + new_tokens
-        longest = max(longest, CONTEXT + 256)  # what steps are taken apart in
+        longest = max(longest, CONTEXT + STREAMED)
         arm.wrapped.warm_up(longest=longest, progress=False)
     _timed(arm, prompts[0][1], 8)
     found.start_seconds = time.perf_counter() - begin
@@ -220,13 +222,13 @@ def _context(prompts: Sequence[tuple[str, Tensor]]) -> Tensor:
 def _steps(arm: Arm, prompt: Tensor) -> list[StepResult]:
     """The captured steps of batch 1 that a wrapper has, in the middle of a text."""
     assert arm.stream is not None
-    stream = arm.stream(prompt, 256)
+    stream = arm.stream(prompt, STREAMED)
     for _ in range(8):
         next(stream)
     latest: dict[int, Graph] = {}
-    reach = 1 << CONTEXT.bit_length()  # of what the stream runs: more than CONTEXT tokens
+    running = reach(CONTEXT + 1)  # others are left from warming up
     for graph in arm.wrapped._driven().graphs.captured:
-        if len(graph.step.texts.lengths) == 1 and graph.step.longest == reach:
+        if len(graph.step.texts.lengths) == 1 and graph.step.longest == running:
             latest[graph.step.trees.nodes] = graph
     # What is replayed behind the leased pages is written to the trash page.
     found = [_take_apart(nodes, graph) for nodes, graph in sorted(latest.items())]
@@ -237,7 +239,7 @@ def _steps(arm: Arm, prompt: Tensor) -> list[StepResult]:
 def _trace(arm: Arm, prompt: Tensor, file: Path) -> None:
     """Some steps in the middle of a text, host and device, for ui.perfetto.dev."""
     assert arm.stream is not None
-    stream = arm.stream(prompt, 256)
+    stream = arm.stream(prompt, STREAMED)
     for _ in range(2 * TRACED):
         next(stream)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
