@@ -33,7 +33,9 @@ ROUNDING = tl.constexpr(1e-6)
 
 @dataclass(frozen=True)
 class Forest:
-    """B trees as rows of tensors; see `specdec.batch.TreeBatch`, whose fields they are."""
+    """B trees as rows of tensors, all contiguous; see `specdec.batch.TreeBatch`, whose fields they
+    are.
+    """
 
     tokens: Tensor  # [R] int64
     parents: Tensor  # [R] int64, within the own tree, -1 for roots; parents precede children

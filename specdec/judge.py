@@ -137,7 +137,7 @@ def by_kernels(
             seeds=seeds,
             positions=positions,
             tree=trees.tree,
-            depths=trees.depths,
+            depths=forest.depths,
         )
         return _fields(walks.match(forest, rows.tokens, rows.best, sampled=True), logits)
     rows = vocab.distributions(logits, sampler.cuts)
@@ -151,17 +151,20 @@ def _fields(decision: Decision, logits: Tensor) -> tuple[Outcome, Tensor, Tensor
 
 
 def _forest(trees: TreeBatch) -> Forest:
+    """The trees as kernels read them: row behind row. Drafters may hand over views of any kind."""
     from specdec.kernels.walks import Forest  # needs Triton
 
+    drawn = trees.draft_probs, trees.draft_tokens
+    draft_probs, draft_tokens = (None if x is None else x.contiguous() for x in drawn)
     return Forest(
-        trees.tokens,
-        trees.parents,
-        trees.depths,
-        trees.ancestors,
+        trees.tokens.contiguous(),
+        trees.parents.contiguous(),
+        trees.depths.contiguous(),
+        trees.ancestors.contiguous(),
         trees.offsets,
-        trees.laws,
-        trees.draft_probs,
-        trees.draft_tokens,
+        trees.laws.contiguous(),
+        draft_probs,
+        draft_tokens,
         nodes=max(trees.sizes),
         longest=trees.max_depth + 1,
     )

@@ -5,6 +5,7 @@ In Triton's interpreter where there is no GPU.
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -193,6 +194,29 @@ def test_kernels_decide_as_the_rules_do(name: str, law: ProposalLaw) -> None:
     assert torch.equal(found.outcome.continued, wanted.continued)
     assert found.healthy.all()
     assert (wanted.lengths > 1).any(), "something must have been accepted"
+
+
+@pytest.mark.parametrize("name", WALKS)
+def test_kernels_read_views_as_they_are(name: str) -> None:
+    """Of three trees of one node, which have one memory; and of trees whose rows lie apart."""
+    rule, sampler = RULES[name](), Sampler(True, warpers(Cuts(1.2, top_k=7)))
+    trees, logits, noise = scene(max(rule.legal_laws), trees=3)
+    given = {f.name: getattr(trees, f.name) for f in fields(trees)}
+    tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+    apart = {name: x.repeat_interleave(2, 0)[::2] for name, x in tensors.items()}
+    roots = TreeBatch.roots(torch.tensor([3, 4, 5], device=DEVICE))
+    once = {"parents": roots.parents[:1].expand(3), "ancestors": roots.ancestors[:1].expand(3, 1)}
+    for plain, views in ((trees, apart), (roots, once)):
+        rows = len(plain.tokens)
+        seen = replace(plain, **views)
+        assert not seen.parents.is_contiguous()
+        here = Noise(noise.seeds[: len(plain.sizes)], noise.next_positions[: len(plain.sizes)])
+        wanted, found = (
+            Judgement(*by_kernels(rule, sampler, logits[:rows], x, here)) for x in (plain, seen)
+        )
+        assert torch.equal(found.outcome.paths, wanted.outcome.paths)
+        assert torch.equal(found.outcome.next_tokens, wanted.outcome.next_tokens)
+        assert found.healthy.all()
 
 
 @pytest.mark.parametrize("name", WALKS)
