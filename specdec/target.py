@@ -101,6 +101,8 @@ class Target:
         self.last_position = last_position
         self.lock = _LOCKS.setdefault(self.model, threading.RLock())
         self.device = _input_device(self.model)
+        held = {weight.device for weight in self.model.parameters()}
+        self._spread = len(held - {torch.device("meta")}) > 1
         self._configs = configs_of(self.model)
         self._no_cache = PassThroughCache()
         # The name until transformers 5.23, and since.
@@ -214,6 +216,8 @@ class Target:
         keep: int | Tensor,
         taps: Taps | None = None,
     ) -> Tensor:
+        if self._spread and isinstance(keep, Tensor):
+            keep = keep.cpu()  # it is looked up on the device of the last norm, wherever that is
         with self.lock, attention_name(self._configs, ATTENTION):
             output = self.model(
                 input_ids=tokens[None],
