@@ -203,9 +203,12 @@ def test_kernels_read_views_as_they_are(name: str) -> None:
     trees, logits, noise = scene(max(rule.legal_laws), trees=3)
     given = {f.name: getattr(trees, f.name) for f in fields(trees)}
     tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
-    apart = {name: x.repeat_interleave(2, 0)[::2] for name, x in tensors.items()}
+    apart: dict[str, Any] = {name: x.repeat_interleave(2, 0)[::2] for name, x in tensors.items()}
     roots = TreeBatch.roots(torch.tensor([3, 4, 5], device=DEVICE))
-    once = {"parents": roots.parents[:1].expand(3), "ancestors": roots.ancestors[:1].expand(3, 1)}
+    once: dict[str, Any] = {
+        "parents": roots.parents[:1].expand(3),
+        "ancestors": roots.ancestors[:1].expand(3, 1),
+    }
     for plain, views in ((trees, apart), (roots, once)):
         rows = len(plain.tokens)
         seen = replace(plain, **views)
