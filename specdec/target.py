@@ -216,15 +216,15 @@ class Target:
         keep: int | Tensor,
         taps: Taps | None = None,
     ) -> Tensor:
-        if self._spread and isinstance(keep, Tensor):
-            keep = keep.cpu()  # it is looked up on the device of the last norm, wherever that is
+        # They are looked up where the last norm lies; accelerate moves tensors to the first device.
+        rows = keep.tolist() if self._spread and isinstance(keep, Tensor) else keep
         with self.lock, attention_name(self._configs, ATTENTION):
             output = self.model(
                 input_ids=tokens[None],
                 position_ids=positions[None],
                 **{self._cache_name: self._no_cache},
                 use_cache=True,
-                logits_to_keep=keep,
+                logits_to_keep=rows,
                 specdec_handler=handler,
                 **({} if taps is None else {"output_hidden_states": True}),
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -118,6 +119,28 @@ def test_the_reference_backend_agrees_on_whole_models(name: str) -> None:
     oracle = OracleDrafter(expected.tolist(), corrupt=0.3, vocab_size=VOCAB)
     out = greedy(specdec.wrap(model, oracle, backend="reference"), prompts, 12)
     assert torch.equal(out, expected)
+
+
+def test_rows_of_a_model_on_several_devices_are_named_by_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Accelerate would move a tensor to the first device; the rows may lie on another one."""
+    model: Any = tiny_model("Llama")
+    prompts = torch.randint(1, VOCAB, (3, 9))
+    expected = greedy(model, prompts, 12)
+    wrapped: Any = specdec.wrap(model, RandomDrafter(VOCAB), nodes=8)
+    wrapped._driven()._spread = True
+    forward, named = type(model).forward, []
+
+    @functools.wraps(forward)
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        named.append(kwargs["logits_to_keep"])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", recording)
+    assert torch.equal(greedy(wrapped, prompts, 12), expected)
+    assert not any(isinstance(rows, torch.Tensor) for rows in named)
+    assert any(isinstance(rows, list) for rows in named)
 
 
 def test_long_prompts_are_prefilled_in_chunks_across_requests() -> None:
