@@ -57,6 +57,10 @@ class Shape:
     def loose(self, request: Request) -> int:
         return request.prefix % self.block_n + request.places
 
+    def loose_work(self, keys: int) -> int:
+        """What so many loose keys count, in steps."""
+        return -(-keys // self.block_n) * self.loose_steps
+
 
 @dataclass(frozen=True)
 class Item:
@@ -71,7 +75,7 @@ class Item:
 
     def steps(self, requests: Sequence[Request], shape: Shape) -> int:
         keys = sum(shape.loose(requests[r]) for r in self.loose)
-        return self.tiles + -(-keys // shape.block_n) * shape.loose_steps
+        return self.tiles + shape.loose_work(keys)
 
     def columns(self, requests: Sequence[Request], shape: Shape) -> int:
         if not self.steps(requests, shape):
@@ -131,8 +135,9 @@ def _absorb(
 ) -> tuple[list[Item], list[Item]]:
     """Lets nodes take the loose keys of the requests right below them, if all end there.
 
-    In `flatten` if none of these has a dense tile of its own (short nodes share an item); in `auto`
-    if that makes fewer steps.
+    In `flatten` if none of these has a dense tile of its own (short nodes share an item). In `auto`
+    if that makes less than half of the steps, since they then follow each other in few columns;
+    what it costs to begin a column that is saved counts, too.
     """
     result = []
     for node in inner:
@@ -141,14 +146,15 @@ def _absorb(
         if mode == "flatten":
             pays = not any(leaf.tiles for leaf in below)
         else:
-            loose = [shape.loose(requests[leaf.first]) for leaf in below]
-            rows = [requests[leaf.first].rows for leaf in below]
-            together = -(-sum(loose) // shape.block_n) * shape.blocks(sum(rows))
+            own = [requests[leaf.first] for leaf in below]
+            keys = [shape.loose(request) for request in own]
+            together = shape.loose_work(sum(keys)) * shape.blocks(sum(r.rows for r in own))
             apart = sum(
-                -(-keys // shape.block_n) * shape.blocks(n)
-                for keys, n in zip(loose, rows, strict=True)
+                (shape.loose_work(n) + (0 if leaf.tiles else shape.start_steps))
+                * shape.blocks(request.rows)
+                for n, leaf, request in zip(keys, below, own, strict=True)
             )
-            pays = together < apart
+            pays = 2 * together < apart
         if direct and pays:
             node = replace(node, loose=tuple(range(node.first, node.last)))
             for r in node.loose:

@@ -61,6 +61,7 @@ def prefix_tree(
     common, row0, rows, loose, prefix, tiles, requests, columns_limit, SCRATCH,
     B: tl.constexpr, G: tl.constexpr, HKV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, MODE: tl.constexpr,
+    LOOSE_STEPS: tl.constexpr, START_STEPS: tl.constexpr,
 ):  # fmt: skip
     """The nodes that several requests share, each under the number of a request that opens it.
 
@@ -98,12 +99,14 @@ def prefix_tree(
     if (MODE == FLATTEN) | (MODE == AUTO):
         # A node whose requests part right below it may take their loose keys into its own item,
         # where all of them share tiles under a mask.
+        own = tl.where(real, tiles - leaf_depth, 0)
         if MODE == AUTO:
-            keys = over(loose, first, last, B)
-            apart = over((loose + BLOCK_N - 1) // BLOCK_N * blocks, first, last, B)
-            pays = (keys + BLOCK_N - 1) // BLOCK_N * together < apart
+            turns = (over(loose, first, last, B) + BLOCK_N - 1) // BLOCK_N
+            alone = (loose + BLOCK_N - 1) // BLOCK_N * LOOSE_STEPS
+            alone += tl.where(own == 0, START_STEPS, 0)
+            pays = 2 * turns * together * LOOSE_STEPS < over(alone * blocks, first, last, B)
         else:
-            pays = over(tl.where(real, tiles - leaf_depth, 0), first, last, B) == 0
+            pays = over(own, first, last, B) == 0
         absorbs = (inner & (deepest == common) & pays).to(tl.int32)
     return first, last, depth, node_tiles, above, shortest, leaf_depth, leaf_above, absorbs
 

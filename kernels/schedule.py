@@ -209,7 +209,7 @@ def _items(
         first, last, depth, node_tiles, above, shortest, leaf_depth, leaf_above, absorbs = (
             prefix_tree(
                 common, row0, rows, loose, prefix, tiles, requests, columns_limit, SCRATCH,
-                B, G, HKV, BLOCK_M, BLOCK_N, WINDOW, MODE,
+                B, G, HKV, BLOCK_M, BLOCK_N, WINDOW, MODE, LOOSE_STEPS, START_STEPS,
             )
         )  # fmt: skip
         absorbed = tl.where(leaf_above >= 0, pick(absorbs, leaf_above, B), 0)

@@ -30,6 +30,8 @@ def choose(
     max_rows: int,
     max_prefix: int,
     shared: bool,
+    *,
+    causal: bool,
     gluon: bool = False,
 ) -> tuple[Tiling, int]:
     """The tiling for a forward, and the number of programs of its launch.
@@ -38,6 +40,7 @@ def choose(
         max_rows: query tokens of the largest request.
         max_prefix: committed keys of the longest, at most.
         shared: whether requests share pages, so that a block may hold rows of several.
+        causal: whether rows are chains.
         gluon: whether `hopper.attend` may do it.
     """
     if query.device.type != "cuda":
@@ -66,17 +69,21 @@ def choose(
         long=max_prefix > SHORT,
         heavy=len(query) * groups * max_prefix >= HEAVY,
     )
-    if tiling.block_m == tiling.block_n == 64 and (max_rows > 16 or max_prefix > SHORT):
-        tiling = replace(tiling, loose_n=64)  # a turn of 64 costs less than two of 32
     most = MAX_PARTS * keys.shape[1]
     if tiling.block_n > most:
         tiling = replace(tiling, block_n=most, loose_n=min(most, tiling.loose_n))
     tiling = fit(tiling, width, element, properties.shared_memory_per_multiprocessor)
     programs = processors * tiling.ctas
-    # Where requests share pages, those that fill blocks of their own would all ask for the same,
-    # and to ask for many short columns costs more than it brings.
     full, columns = max_rows * groups >= tiling.block_m, len(query) // max(1, max_rows) * kv_heads
-    tiling = replace(tiling, bring=not shared or (not full and columns <= programs))
+    # Where requests share pages, those that fill blocks of their own would all ask for the same,
+    # and to ask for many short columns costs more than it brings; so it does for long chains.
+    bring = not full and columns <= programs if shared else not (causal and max_rows > 16)
+    tiling = replace(tiling, bring=bring)
+    # A turn of 64 loose keys costs less than two of 32 in trees, unless many take turns at once.
+    crowded = shared and (full or columns > processors)
+    wide = not causal and (not bulk or (keys.shape[1] >= 64 and not crowded))
+    if wide and tiling.block_m == 64 and (max_rows > 16 or max_prefix > SHORT):
+        tiling = replace(tiling, loose_n=tiling.block_n)
     if tiling.block_m == 64 and few and (blocks == 1 or blocks * max_prefix <= 4 * SHORT):
         # Memory keeps up with fewer programs than there is room for. More of them make more partial
         # results, and leave no room for the programs of the merge to wait beside them. Blocks that

@@ -259,7 +259,14 @@ def _triton(
         # Trees without options are what its kernel was checked with.
         gluon = plan.ancestors is not None and (window, softcap, sinks, lse) == (None,) * 4
     tiling, programs = tiles.choose(
-        query, pages.keys, pages.values, plan.max_rows, plan.max_prefix, plan.shared, gluon
+        query,
+        pages.keys,
+        pages.values,
+        plan.max_rows,
+        plan.max_prefix,
+        plan.shared,
+        causal=plan.ancestors is None,
+        gluon=gluon,
     )
     query = query if query.stride(2) == 1 else query.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
