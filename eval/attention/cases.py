@@ -114,11 +114,10 @@ def all_cases() -> Iterator[Case]:
         yield Case("FastTree", name, levels, 1, page_size=32)
     for rows in (1, 16, 64):
         yield private(rows, 4096, 16, family="ragged", ragged=True)
-    for rows in (8, 64):
+    for rows in (8, 64, 16, 32):
         for length in (1024, 4096, 16384):
             for batch in (1, 8):
-                case = private(rows, length, batch, family="chain", tree="chain")
-                yield case
+                yield private(rows, length, batch, family="chain", tree="chain")
     for size in (16, 32, 128):
         for rows, length in ((64, 4096), (1, 4096), (64, 16384), (1, 16384)):
             case = private(rows, length, 1, family="page size", page_size=size)
