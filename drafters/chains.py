@@ -93,11 +93,13 @@ class _DeviceChains(DeviceDrafter):
     def draft(self, buffers: DraftBuffers) -> None:
         requests, nodes = len(buffers.lengths), buffers.nodes
         spare = _spare(nodes)
+        parents = buffers.parents.new_zeros(requests, spare)
+        parents[:, 0] = -1
         tree = replace(
             buffers,
             tokens=buffers.tokens.new_zeros(requests * spare),
-            parents=buffers.parents.new_zeros(requests * spare),
-            counts=torch.zeros_like(buffers.counts),
+            parents=parents.flatten(),
+            counts=torch.ones_like(buffers.counts),
         )
         self.inner.draft(tree)
         chain = first_chains(tree.parents.view(requests, spare), tree.counts, nodes)

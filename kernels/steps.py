@@ -225,7 +225,7 @@ def accept(
     _accept_kernel[(requests,)](
         sequences, lengths, limits, text, text.shape[1], text_lengths,
         page_table, page_table.shape[1],
-        tokens, parents, depths, ancestors, counts, choices, best,
+        tokens, parents, depths, ancestors, counts, choices.contiguous(), best.contiguous(),
         sources, targets, sources.shape[1], report, report.shape[1], nodes,
         NP=32 * ancestors.shape[1], W=ancestors.shape[1], PAGE=page_size,
         num_warps=ancestors.shape[1],

@@ -76,10 +76,11 @@ def choose(
     programs = processors * tiling.ctas
     full, columns = max_rows * groups >= tiling.block_m, len(query) // max(1, max_rows) * kv_heads
     # Where requests share pages, those that fill blocks of their own would all ask for the same,
-    # and to ask for many short columns costs more than it brings; so it does for long chains.
+    # and to ask for many short columns costs more than it brings. Elsewhere long chains lose by it.
     bring = not full and columns <= programs if shared else not (causal and max_rows > 16)
     tiling = replace(tiling, bring=bring)
-    # A turn of 64 loose keys costs less than two of 32 in trees, unless many take turns at once.
+    # A turn of 64 loose keys costs less than two of 32 in trees; with copied tiles only in pages of
+    # 64 and more, and unless many take turns at once.
     crowded = shared and (full or columns > processors)
     wide = not causal and (not bulk or (keys.shape[1] >= 64 and not crowded))
     if wide and tiling.block_m == 64 and (max_rows > 16 or max_prefix > SHORT):

@@ -216,7 +216,8 @@ class Target:
         keep: int | Tensor,
         taps: Taps | None = None,
     ) -> Tensor:
-        # They are looked up where the last norm lies; accelerate moves tensors to the first device.
+        # Rows are looked up where the last norm lies, but accelerate moves tensors to the first
+        # device. To name them by numbers, the host has to wait for them.
         rows = keep.tolist() if self._spread and isinstance(keep, Tensor) else keep
         with self.lock, attention_name(self._configs, ATTENTION):
             output = self.model(

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from specdec.batch import TreeBatch
-from specdec.judge import Judgement, by_kernels, in_torch
+from specdec.judge import Judgement, _forest, by_kernels, in_torch
 from specdec.noise import Purpose, split_seeds, uniform
 from specdec.rules import RULES, Greedy, SampleAndMatch, Typical
 from specdec.sampling import Sampler, draw
@@ -205,14 +205,18 @@ def test_kernels_read_views_as_they_are(name: str) -> None:
     tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
     apart: dict[str, Any] = {name: x.repeat_interleave(2, 0)[::2] for name, x in tensors.items()}
     roots = TreeBatch.roots(torch.tensor([3, 4, 5], device=DEVICE))
+    # What lies behind the one number that all see is another one.
+    parents, words = (torch.tensor(x, device=DEVICE) for x in ([-1, 0, 0], [[1], [0], [0]]))
     once: dict[str, Any] = {
-        "parents": roots.parents[:1].expand(3),
-        "ancestors": roots.ancestors[:1].expand(3, 1),
+        "parents": parents[:1].expand(3),
+        "ancestors": words.int()[:1].expand(3, 1),
     }
     for plain, views in ((trees, apart), (roots, once)):
         rows = len(plain.tokens)
         seen = replace(plain, **views)
         assert not seen.parents.is_contiguous()
+        laid = [x for x in vars(_forest(seen)).values() if isinstance(x, Tensor)]
+        assert all(x.is_contiguous() for x in laid)
         here = Noise(noise.seeds[: len(plain.sizes)], noise.next_positions[: len(plain.sizes)])
         wanted, found = (
             Judgement(*by_kernels(rule, sampler, logits[:rows], x, here)) for x in (plain, seen)
