@@ -83,6 +83,9 @@ def batches(draw: st.DrawFn) -> Batch:
         fresh += count
         requests.append(partition.Request(pages, prefix, rows, rows))
         parents.append([-1, *(draw(st.integers(0, n - 1)) for n in range(1, rows))])
+    for _ in range(draw(st.integers(0, 2))):  # what fills up a pass that is captured
+        requests.append(partition.Request([], 0, 0, 0))
+        parents.append([])
     return Batch(requests, parents)
 
 
