@@ -24,8 +24,8 @@ from torch import Tensor
 import specdec
 from specdec.console import err, out
 from specdec.drafters import Beam, DraftModel
-from specdec.eval.attention.bench import provenance
 from specdec.eval.generate import shapes
+from specdec.eval.provenance import provenance
 from specdec.topology import Topology
 
 TREES: dict[str, tuple[Topology | Beam, int]] = {

@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,45 @@ def provenance(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     cuda = device.type == "cuda"
     return {
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         **checkout(),
         "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
         "threads": torch.get_num_threads(),
+        **(_gpu(device) if cuda else {}),
         "clocks": clocks(device) if cuda else {},
         "dtype": str(dtype).removeprefix("torch."),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _triton(),
         "transformers": transformers.__version__,
         "specdec": specdec.__version__,
     }
+
+
+def command() -> str:
+    """What was typed, without the folders that programs lie in."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m`, which argv hides
+    begun = [Path(sys.argv[0]).name]
+    if spec is not None:
+        begun = ["python", "-m", spec.name.removesuffix(".__main__")]
+    return shlex.join([*begun, *sys.argv[1:]])
+
+
+def _gpu(device: torch.device) -> dict[str, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+    }
+
+
+def _triton() -> str | None:
+    if find_spec("triton") is None:
+        return None
+    import triton
+
+    return str(triton.__version__)
 
 
 def checkout() -> dict[str, Any]:

@@ -20,8 +20,6 @@ they come, and what there is no time left for is left out and named.
 from __future__ import annotations
 
 import json
-import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,21 +29,20 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import specdec
 from specdec import models
+from specdec.console import err, out
 from specdec.drafters import NGram
 from specdec.drafting import Drafter, NoDraft
 from specdec.engine import Engine
 from specdec.eval.generate import shapes
 from specdec.eval.kernel_times import kernel_times
+from specdec.eval.provenance import provenance
 from specdec.stats import GenerationStats
-
-out, err = Console(), Console(stderr=True)
 
 MEASUREMENTS = {"batch": 0.45, "loop": 0.55, "prefill": 0.65, "few-shot": 0.85, "thought": 1.0}
 """When each has to be over, as a share of the time there is."""
@@ -411,12 +408,9 @@ def main(
         "thought": thoughts(bench, depth=5, width=4, prompt=prompt, new=new // 2),
     }
     about = {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine(),
-        "torch": torch.__version__,
+        "provenance": provenance(torch.device(device), getattr(torch, dtype)),
         "model": model,
-        "dtype": dtype,
         "transformers' attention": bench.model.config._attn_implementation,
-        "arguments": sys.argv[1:],
     }
     rows: list[Row] = []
     cut: list[str] = []

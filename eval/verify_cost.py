@@ -26,6 +26,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from specdec.batch import TreeBatch
 from specdec.eval.attention import clock
 from specdec.eval.attention.ceilings import measure_reads
+from specdec.eval.provenance import provenance
 from specdec.judge import by_kernels
 from specdec.noise import split_seeds
 from specdec.rules import RULES
@@ -213,11 +214,9 @@ def main(
     Console(width=120).print(show(rows, vocab, nodes))
     if json_file is not None:
         record = {
-            "device": torch.cuda.get_device_name(device),
-            "torch": torch.__version__,
+            "provenance": provenance(device, getattr(torch, dtype)),
             "nodes": nodes,
             "vocab": vocab,
-            "dtype": dtype,
             "rows": [asdict(row) for row in rows],
         }
         json_file.write_text(json.dumps(record, indent=1))

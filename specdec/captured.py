@@ -23,7 +23,7 @@ from specdec.attention import AttentionPlan
 from specdec.budget import NodeBudget
 from specdec.cache import Speculation
 from specdec.drafting import DeviceDrafter, DraftBuffers, Drafter, RootsOnly
-from specdec.graphs import capture, shared_memory
+from specdec.graphs import capture, reach, shared_memory
 from specdec.transfer import upload
 from specdec.tree import ProposalLaw
 from specdec.verify import AcceptanceRule, DeviceChoice
@@ -35,19 +35,10 @@ if TYPE_CHECKING:
 
 ROOM = 256
 """Texts are given room for a multiple of so many tokens."""
-SHORTEST = 1024
-"""Of the prefixes that a graph is made for; later ones are for twice as many tokens."""
-
-
 MOST = 64
 """Steps that are kept captured; drafters and options that are new with every request add more."""
 TIME_MEMORY = 0.2
 """Weight of the newest time of a step among those before."""
-
-
-def reach(tokens: int) -> int:
-    """Of the steps for a text of so many tokens, its tree included: what they are captured for."""
-    return max(SHORTEST, 1 << (tokens - 1).bit_length())
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,14 @@ import torch
 
 Result = TypeVar("Result")
 
+SHORTEST = 1024
+"""Of the prefixes that a graph is made for; later ones are for twice as many tokens."""
+
+
+def reach(tokens: int) -> int:
+    """Of the graphs for a text of so many tokens, what comes behind them included: their prefix."""
+    return max(SHORTEST, 1 << (tokens - 1).bit_length())
+
 
 def capture(run: Callable[[], Result], memory: Any) -> tuple[torch.cuda.CUDAGraph, Result]:
     """What `run` launches, as a graph, and what it returned, which a replay fills again.

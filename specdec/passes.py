@@ -15,15 +15,13 @@ import torch
 from torch import Tensor
 
 from specdec.attention import AttentionPlan
-from specdec.graphs import capture, shared_memory
+from specdec.graphs import capture, reach, shared_memory
 
 if TYPE_CHECKING:
     from specdec.target import Target
 
 ROWS = (16, 32, 64, 96, *range(128, 512, 64), *range(512, 1025, 128))
 """Sizes of passes. More rows keep a GPU busy for longer than they take to launch."""
-SHORTEST = 1024
-"""Of the prefixes that a graph is made for; later ones are for twice as many tokens."""
 MOST = 64
 """Passes that are kept captured."""
 
@@ -161,7 +159,7 @@ def _size(plan: AttentionPlan, rows: int, kept: int) -> Size:
         kept=_power(kept),
         run=_power(plan.max_rows),
         places=max(ROWS[0], _power(plan.max_places)),
-        prefix=max(SHORTEST, _power(plan.max_prefix)),
+        prefix=reach(plan.max_prefix),
         shared=plan.shared,
     )
 

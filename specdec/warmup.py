@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from specdec.captured import SHORTEST, reach
 from specdec.console import err
+from specdec.graphs import SHORTEST, reach
 from specdec.passes import ROWS
 
 if TYPE_CHECKING:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from specdec.eval.example import CONFIGURATIONS, example_run
 from specdec.eval.metrics import METRICS, categories, measure, summarize
+from specdec.eval.provenance import command
 from specdec.eval.records import RunFolder
 
 
@@ -81,3 +85,21 @@ def test_the_plain_loop_is_as_fast_as_itself(tmp_path: Path) -> None:
     found = measure(METRICS["speedup"], own, own)
     assert found is not None
     assert found.value == found.low == found.high == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "begun"),
+    [
+        (None, "specdec"),
+        ("specdec.__main__", "python -m specdec"),
+        ("specdec.eval.serving", "python -m specdec.eval.serving"),
+    ],
+)
+def test_the_command_that_is_noted_can_be_typed_again(
+    module: str | None, begun: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = ModuleType("__main__")
+    main.__spec__ = None if module is None else ModuleSpec(module, None)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/specdec", "--out", "a folder"])
+    assert command() == f"{begun} --out 'a folder'"

@@ -61,4 +61,5 @@ def test_what_there_is_no_time_for_is_left_out_and_named(
     found = json.loads(file.read_text())
     assert [row["measurement"] for row in found["rows"]] == ["batch", "few-shot"]
     assert found["cut short"] == ["batch", "few-shot"]
+    assert found["provenance"]["dtype"] == "float32"
     assert "cut short, for lack of time: batch, few-shot" in capsys.readouterr().err

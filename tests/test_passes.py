@@ -128,7 +128,7 @@ def test_warming_up_leaves_nothing_but_passes_and_steps(capsys: pytest.CaptureFi
 
 
 def test_steps_for_longer_texts_are_made_in_advance(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("captured.SHORTEST", "warmup.SHORTEST"):
+    for place in ("graphs.SHORTEST", "warmup.SHORTEST"):
         monkeypatch.setattr(f"specdec.{place}", 64)
     monkeypatch.setattr("specdec.warmup.ROWS", (16,))
     monkeypatch.setattr("specdec.warmup.NEW_TOKENS", 30)

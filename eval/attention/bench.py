@@ -6,28 +6,23 @@ order of the arms, so that a drift of the clocks shows as a difference between t
 
 from __future__ import annotations
 
-import datetime
 import gc
 import math
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
-import triton
 from torch import Tensor
 
-import specdec
 from specdec.attention import tree_attention
 from specdec.eval.attention import ceilings, clock, peers
 from specdec.eval.attention.cases import Case
 from specdec.eval.attention.data import Data
 from specdec.eval.attention.report import OURS, CaseResult, Ceilings, Counters, Result, Row
-from specdec.eval.provenance import checkout, clocks
+from specdec.eval.provenance import clocks, provenance
 from specdec.kernels import flash
 from specdec.kernels import worklist as work
 from specdec.kernels.partition import Mode
@@ -215,28 +210,6 @@ def partial_bytes(data: Data, mode: Mode) -> int:
     element = 4 if data.dtype == torch.float32 else 2
     row = data.case.dim * element + 2 * 4  # the result; its log-sum-exp and its scale
     return int(schedule.header[int(work.PARTIALS)]) * schedule.tiling.block_m * row
-
-
-def provenance(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
-    """Where and with what the numbers are made."""
-    properties = torch.cuda.get_device_properties(device)
-    now = clocks(device)
-    return {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["specdec", *sys.argv[1:]]),
-        **checkout(),
-        "device": properties.name,
-        "driver": now.get("driver_version"),
-        "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
-        "dtype": str(dtype).removeprefix("torch."),
-        "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "specdec": specdec.__version__,
-        "clocks_before": now,
-    }
 
 
 def _broken(device: torch.device) -> str | None:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from specdec.captured import Graph, reach
-from specdec.eval.attention.bench import provenance
+from specdec.captured import Graph
 from specdec.eval.generate.arms import Arm
 from specdec.eval.generate.shapes import Subject
 from specdec.eval.kernel_times import kernel_times
+from specdec.eval.provenance import provenance
+from specdec.graphs import reach
 
 PARTS = {
     "draft": ("_draft_kernel",),
