@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from specdec.kernels.ahead import bring
-from specdec.kernels.merge import LN2, LOG2E, NEVER, merge
+from specdec.kernels.merge import LN2, LOG2E, NEVER, merge, power_of
 from specdec.kernels.worklist import (
     ALONE,
     BLOCKS,
@@ -35,9 +35,6 @@ from specdec.kernels.worklist import (
     LOOSE,
     OWNER,
     PIECES,
-    PLACE_BITS,
-    PLACE_MASK,
-    PLACE_ZERO,
     SLOT0,
     START,
     STEP,
@@ -81,9 +78,16 @@ def _pages(AT, wanted, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.cons
 
 
 @triton.jit
+def _at(PAGES, slots, dims, token, NEAR: tl.constexpr):
+    """Where keys or values lie: [N, DP]. `NEAR`: 32 bits hold the offset of any of them."""
+    offset = slots * token if NEAR else slots.to(tl.int64) * token
+    return PAGES + offset[:, None] + dims[None, :]
+
+
+@triton.jit
 def _dense(
     PAGES, TILES, page, offset, head, tile, dims, token,
-    D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, BULK: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, BULK: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     """Keys or values of a part of a tile: [PART, DP], zeros behind dimension D."""
     # Narrowed here: a conversion right behind the load of the page ends Triton's pipeline.
@@ -91,8 +95,7 @@ def _dense(
         x = TILES.load([page.to(tl.int32) * PAGE + offset, head * D])
     else:
         if tile.numel > PAGE:
-            slots = page.to(tl.int32) * PAGE + tile % PAGE
-            at = PAGES + slots[:, None].to(tl.int64) * token + dims[None, :]
+            at = _at(PAGES, page.to(tl.int32) * PAGE + tile % PAGE, dims, token, NEAR)
         else:
             at = PAGES + (page * PAGE + offset) * token + (tile[:, None] * token + dims[None, :])
         x = tl.load(at) if D == DP else tl.load(at, mask=dims[None, :] < D, other=0.0)
@@ -100,17 +103,63 @@ def _dense(
 
 
 @triton.jit
-def _loose(PAGES, slots, dims, token, D: tl.constexpr):
+def _tile(
+    PAGES, TILES, pages, offset, head, tile, dims, token,
+    D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, BULK: tl.constexpr, NEAR: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """Keys or values of a tile, by its parts."""
+    parts = ()
+    for part in tl.static_range(PARTS):
+        x = _dense(
+            PAGES, TILES, pages[part], offset, head, tile, dims, token, D, DP, PAGE, BULK, NEAR
+        )
+        parts = parts + (x,)
+    return parts
+
+
+@triton.jit
+def _loose(PAGES, slots, dims, token, D: tl.constexpr, NEAR: tl.constexpr):
     """Keys or values one by one: [N, DP], zeros where the slot is -1."""
-    at = PAGES + slots[:, None].to(tl.int64) * token + dims[None, :]
+    at = _at(PAGES, slots, dims, token, NEAR)
     return tl.load(at, mask=(slots[:, None] >= 0) & (dims[None, :] < D), other=0.0)
 
 
 @triton.jit
-def _listed(KEY_SLOTS, KEY_TAGS, key, end):
-    """Slots and tags of loose keys, -1 from `end` on."""
-    slots = tl.load(KEY_SLOTS + key, mask=key < end, other=-1)
-    return slots, tl.load(KEY_TAGS + key, mask=key < end, other=-1)
+def _words(WORDS, row, real, place, W: tl.constexpr, N: tl.constexpr):
+    """The words of each row's ancestors that tell of `place` [M] and the next N: tuple of [M]."""
+    words = ()
+    for nth in tl.static_range((N + 31) // 32 + 1):
+        word = (place >> 5) + nth
+        inside = real & (word >= 0) & (word < W)
+        words = words + (tl.load(WORDS + row * W + word, mask=inside, other=0),)
+    return words
+
+
+@triton.jit
+def _seen(word, first, tail):
+    """One of these words, whose first bit is for place `first` [M], with the row's tail filled in.
+
+    Before the tree, which begins at place 0, a row sees the last `tail` [M] keys.
+    """
+    hidden = -tail - first  # bits that lie before the tail
+    ones = tl.where(hidden < 32, -1 << tl.minimum(tl.maximum(hidden, 0), 31), 0)
+    return tl.where(first < 0, ones, word).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _visible(words, place, tail, N: tl.constexpr):
+    """Whether rows see the keys at `place` [M] and the next ones: [M, N]."""
+    key = tl.arange(0, N)
+    first, shift = place & -32, (place & 31).to(tl.uint32)
+    found = tl.zeros([place.shape[0], N], tl.uint32)
+    low = _seen(words[0], first, tail)
+    for nth in tl.static_range((N + 31) // 32):
+        high = _seen(words[nth + 1], first + 32 * (nth + 1), tail)
+        bits = (low >> shift) | ((high << 1) << (31 - shift))
+        found = tl.where((key // 32 == nth)[None, :], bits[:, None], found)
+        low = high
+    return (found & (1 << (key % 32).to(tl.uint32))[None, :]) != 0
 
 
 @triton.jit
@@ -152,8 +201,8 @@ def _attend_kernel(
     WORKER_TABLE,
     TABLE,
     KEY_SLOTS,
-    KEY_TAGS,
-    ROW_REQUESTS,
+    ROW_ROOTS,
+    ROW_TAILS,
     ROW_DEPTHS,
     ROW_POSITIONS,
     WORDS,
@@ -192,6 +241,7 @@ def _attend_kernel(
     SAME_TOKEN: tl.constexpr,
     BULK: tl.constexpr,
     BRING: tl.constexpr,
+    NEAR: tl.constexpr,
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -201,6 +251,9 @@ def _attend_kernel(
     PRECISION: tl.constexpr = "ieee" if q_dtype == tl.float32 else "tf32"
     PARTS: tl.constexpr = max(1, BLOCK_N // PAGE) if BULK else 1
     PART_N: tl.constexpr = BLOCK_N // PARTS
+    # Tiles of keys and values that are asked for side by side wait on one barrier, which steps of
+    # many rows are glad of. Those of few rows wait for memory, and need values later than keys.
+    TOGETHER: tl.constexpr = BLOCK_M > 16
     k_dims, v_dims = tl.arange(0, DKP), tl.arange(0, DVP)
     block_rows, tile = tl.arange(0, BLOCK_M), tl.arange(0, PART_N)
     loose_tile = tl.arange(0, LOOSE_N)
@@ -249,14 +302,14 @@ def _attend_kernel(
             loose_end = (tl.minimum(loose_end, loose) + LOOSE_N - 1) // LOOSE_N
             loose_next = key0 + loose_begin * LOOSE_N + loose_tile
             listed = key0 + tl.where(loose_begin < loose_end, loose, 0)
+            slot = slot0 + column * pieces + begin // ((steps + pieces - 1) // pieces)
             if BULK:
-                slots, tag = _listed(KEY_SLOTS, KEY_TAGS, loose_next, listed)
+                slots = tl.load(KEY_SLOTS + loose_next, mask=loose_next < listed, other=-1)
             if PDL:  # the work list is older than the launch before; queries and keys are not
                 if BRING:  # noqa: SIM102 - known when the kernel is compiled
                     # What every piece needs first, before all programs ask for their tiles.
                     if (step == entry) & (worker < programs):
                         bring(Q, row.to(tl.int64) * q_row + query_head * q_head, real, DK)
-                        bring(ROW_REQUESTS, row, real, 1)
                         if not CAUSAL:
                             for word in tl.static_range(W):
                                 bring(WORDS, row * W + word, real & (listed > key0), 1)
@@ -268,12 +321,13 @@ def _attend_kernel(
                                 bring(K + head * k_head, token * k_token, near, DK)
                                 bring(V + head * v_head, token * v_token, near, DV)
                             if not BULK:  # these stay here; registers are short
-                                slots, _ = _listed(KEY_SLOTS, KEY_TAGS, loose_next, listed)
+                                slots = tl.load(
+                                    KEY_SLOTS + loose_next, mask=loose_next < listed, other=-1
+                                )
                             token = slots.to(tl.int64)
                             bring(K + head * k_head, token * k_token, slots >= 0, DK)
                             bring(V + head * v_head, token * v_token, slots >= 0, DV)
                 tl.extra.cuda.gdc_wait()
-            row_request = tl.load(ROW_REQUESTS + row, mask=real, other=-2)
             at_q = Q + row[:, None].to(tl.int64) * q_row + query_head[:, None] * q_head
             q = tl.load(
                 at_q + k_dims[None, :], mask=real[:, None] & (k_dims[None, :] < DK), other=0.0
@@ -297,70 +351,65 @@ def _attend_kernel(
                 next_page = table + (t + 1) * BLOCK_N // PAGE
                 pages = _pages(next_page, t + 1 < last, PAGE, BLOCK_N, PARTS)
                 within = t * BLOCK_N % PAGE
+                ks = _tile(
+                    keys, K_TILES, now, within, head, tile, k_dims, k_token,
+                    DK, DKP, PAGE, BULK, NEAR, PARTS,
+                )  # fmt: skip
+                if TOGETHER:
+                    vs = _tile(
+                        values, V_TILES, now, within, head, tile, v_dims, v_token,
+                        DV, DVP, PAGE, BULK, NEAR, PARTS,
+                    )  # fmt: skip
                 scores = ()
                 for part in tl.static_range(PARTS):
-                    k = _dense(
-                        keys, K_TILES, now[part], within, head, tile, k_dims, k_token,
-                        DK, DKP, PAGE, BULK,
-                    )  # fmt: skip
-                    qk = tl.dot(q, tl.trans(k).to(q_dtype), input_precision=PRECISION)
+                    qk = tl.dot(q, tl.trans(ks[part]).to(q_dtype), input_precision=PRECISION)
                     score, factor = _scores(qk, scale, softcap, SOFTCAP)
                     if WINDOW > 0:
                         key = t * BLOCK_N + part * PART_N + tile
                         far = position[:, None] - key[None, :] >= WINDOW
                         score = tl.where(far, NEVER, score)
                     scores = scores + (score,)
-                v = _dense(
-                    values, V_TILES, now[0], within, head, tile, v_dims, v_token,
-                    DV, DVP, PAGE, BULK,
-                )  # fmt: skip
-                peak, total, fade, p = _soften(peak, total, scores, factor, PARTS, WINDOW > 0)
-                acc = tl.dot(
-                    p[0].to(q_dtype), v.to(q_dtype), acc * fade[:, None], input_precision=PRECISION
-                )
-                for part in tl.static_range(1, PARTS):
-                    v = _dense(
-                        values, V_TILES, now[part], within, head, tile, v_dims, v_token,
-                        DV, DVP, PAGE, BULK,
+                if not TOGETHER:
+                    vs = _tile(
+                        values, V_TILES, now, within, head, tile, v_dims, v_token,
+                        DV, DVP, PAGE, BULK, NEAR, PARTS,
                     )  # fmt: skip
-                    acc = tl.dot(p[part].to(q_dtype), v.to(q_dtype), acc, input_precision=PRECISION)
+                peak, total, fade, p = _soften(peak, total, scores, factor, PARTS, WINDOW > 0)
+                acc = acc * fade[:, None]
+                for part in tl.static_range(PARTS):
+                    acc = tl.dot(
+                        p[part].to(q_dtype), vs[part].to(q_dtype), acc, input_precision=PRECISION
+                    )
             if COUNT:
                 tl.atomic_add(COUNTER, (tl.maximum(last - first, 0) * BLOCK_N).to(tl.int64))
 
             # Loose keys: ends of prefixes and trees. They, too, are looked up one turn ahead.
+            root = tl.load(ROW_ROOTS + row, mask=real, other=0)
+            tail = tl.load(ROW_TAILS + row, mask=real, other=0)
             for t in tl.range(loose_begin, loose_end, num_stages=LOOSE_STAGES):
+                key = key0 + t * LOOSE_N + loose_tile
                 if BULK:
-                    slots_now, tag_now = slots, tag
+                    slots_now = slots
                     loose_next += LOOSE_N
-                    slots, tag = _listed(KEY_SLOTS, KEY_TAGS, loose_next, listed)
+                    slots = tl.load(KEY_SLOTS + loose_next, mask=loose_next < listed, other=-1)
                 else:  # registers are short
-                    slots_now, tag_now = _listed(
-                        KEY_SLOTS, KEY_TAGS, key0 + t * LOOSE_N + loose_tile, listed
-                    )
-                place = (tag_now & PLACE_MASK) - PLACE_ZERO
-                k = _loose(keys, slots_now, k_dims, k_token, DK)
-                v = _loose(values, slots_now, v_dims, v_token, DV)
+                    slots_now = tl.load(KEY_SLOTS + key, mask=key < listed, other=-1)
+                behind = key0 + t * LOOSE_N - root  # place of the first key
+                if not CAUSAL:
+                    words = _words(WORDS, row, real, behind, W, LOOSE_N)
+                k = _loose(keys, slots_now, k_dims, k_token, DK, NEAR)
+                v = _loose(values, slots_now, v_dims, v_token, DV, NEAR)
                 qk = tl.dot(q, tl.trans(k).to(q_dtype), input_precision=PRECISION)
                 scores, factor = _scores(qk, scale, softcap, SOFTCAP)
-                sees = row_request[:, None] == (tag_now >> PLACE_BITS)[None, :]
-                if CAUSAL or WINDOW > 0:
-                    row_depth = tl.load(ROW_DEPTHS + row, mask=real, other=0)
-                    back = row_depth[:, None] - place[None, :]
                 if CAUSAL:
-                    sees = sees & (back >= 0)
+                    depth = tl.load(ROW_DEPTHS + row, mask=real, other=-1)
+                    least = -tail
                     if WINDOW > 0:
-                        sees = sees & (back < WINDOW)
+                        least = tl.maximum(least, depth - WINDOW + 1)
+                    place = behind[:, None] + loose_tile[None, :]
+                    sees = (place >= least[:, None]) & (place <= depth[:, None])
                 else:
-                    bits = tl.zeros([BLOCK_M, LOOSE_N], tl.int32)
-                    for word in tl.static_range(W):
-                        row_word = tl.load(WORDS + row * W + word, mask=real, other=0)
-                        here = (place >> 5) == word
-                        bits = tl.where(here[None, :], row_word[:, None], bits)
-                    ancestor = ((bits >> (place & 31)[None, :]) & 1) != 0
-                    if WINDOW > 0:
-                        sees = sees & tl.where(place[None, :] < 0, back < WINDOW, ancestor)
-                    else:
-                        sees = sees & ((place[None, :] < 0) | ancestor)
+                    sees = _visible(words, behind, tail, LOOSE_N)
                 scores = tl.where(sees, scores, NEVER)
                 peak, total, fade, p = _soften(peak, total, (scores,), factor, 1, True)
                 acc = tl.dot(
@@ -369,11 +418,10 @@ def _attend_kernel(
                 if COUNT:
                     tl.atomic_add(COUNTER, tl.sum((slots_now >= 0).to(tl.int64), 0))
 
-            whole = (begin == 0) & (end == steps) & (alone > 0)
-            lse = peak + tl.log2(total)
-            if whole:
+            if (begin == 0) & (end == steps) & (alone > 0):
                 if HAS_LSE:
-                    tl.store(LSE + row * HQ + query_head, lse * LN2, mask=real)
+                    lse = (peak + tl.log2(total)) * LN2
+                    tl.store(LSE + row * HQ + query_head, lse, mask=real)
                 if HAS_SINKS:
                     sink = tl.load(SINKS + query_head, mask=real, other=0.0).to(tl.float32) * LOG2E
                     new = tl.maximum(peak, sink)
@@ -385,18 +433,14 @@ def _attend_kernel(
                 mask_out = real[:, None] & (v_dims[None, :] < DV)
                 tl.store(at_out, out.to(OUT.dtype.element_ty), mask=mask_out)
             else:
-                # Scaled by its largest value, a row cannot overflow in half the bytes.
-                largest = tl.max(tl.abs(acc), 1)
-                scaled = acc * (1 / tl.where(largest == 0, 1.0, largest))[:, None]
-                size = largest / tl.where(total == 0, 1.0, total)
-                span = (steps + pieces - 1) // pieces
-                slot = slot0 + column * pieces + begin // span
-                place = slot * BLOCK_M + block_rows
-                tl.store(STATES + place * 2, lse, mask=real)
-                tl.store(STATES + place * 2 + 1, size, mask=real)
-                at_part = PART + place[:, None].to(tl.int64) * DV + v_dims[None, :]
-                mask_part = real[:, None] & (v_dims[None, :] < DV)
-                tl.store(at_part, scaled.to(PART.dtype.element_ty), mask=mask_part)
+                power, shrink = power_of(tl.max(tl.abs(acc), 1))
+                state = tl.join(peak + power, total * shrink)
+                line = slot * BLOCK_M + block_rows
+                at_state = STATES + line[:, None] * 2 + tl.arange(0, 2)[None, :]
+                tl.store(at_state, state, mask=real[:, None])
+                left = (acc * shrink[:, None]).to(PART.dtype.element_ty)
+                at_part = PART + line[:, None].to(tl.int64) * DV + v_dims[None, :]
+                tl.store(at_part, left, mask=real[:, None] & (v_dims[None, :] < DV))
             step += end - begin
         worker += programs
         worker = tl.where(worker < workers, worker, -1)
@@ -446,8 +490,8 @@ def tree_attention(
             *(_tiles(p, schedule) if tiling.bulk else p for p in (keys, values)),
             out, nothing if lse is None else lse, part, states,
             schedule.header, schedule.workers,
-            schedule.page_table, schedule.key_slots, schedule.key_tags,
-            schedule.row_requests, schedule.row_depths, schedule.row_positions,
+            schedule.page_table, schedule.key_slots, schedule.row_roots,
+            schedule.row_tails, schedule.row_depths, schedule.row_positions,
             nothing if schedule.words is None else schedule.words,
             nothing if sinks is None else sinks, nothing if counter is None else counter,
             scale, softcap or 1.0, schedule.page_table.shape[1],
@@ -459,7 +503,8 @@ def tree_attention(
             BLOCK_N=tiling.block_n, LOOSE_N=tiling.loose_n,
             LOOSE_STAGES=tiling.loose_stages, LOOSE_STEPS=tiling.loose_steps, STAGES=tiling.stages,
             COUNT=counter is not None, SAME_TOKEN=keys.stride(1) == values.stride(1),
-            BULK=tiling.bulk, BRING=tiling.bring and dependent, **same,
+            BULK=tiling.bulk, BRING=tiling.bring and dependent,
+            NEAR=max(p.shape[0] * p.stride(0) for p in (keys, values)) < 1 << 31, **same,
             num_warps=tiling.warps, enable_fp_fusion=True,
             **({"launch_pdl": True} if early else {}),
         )  # fmt: skip

@@ -41,9 +41,6 @@ from specdec.kernels.worklist import (
     LOOSE,
     OWNER,
     PIECES,
-    PLACE_BITS,
-    PLACE_MASK,
-    PLACE_ZERO,
     SLOT0,
     START,
     STEP,
@@ -89,6 +86,14 @@ def _scores(qk, scale, softcap, SOFTCAP: gl.constexpr):
         scores = qk
         factor = scale * LOG2E
     return scores, factor
+
+
+@gluon.jit
+def _power_of(largest):
+    """See `merge.power_of`."""
+    power = (largest.to(gl.int32, bitcast=True) >> 23) - 127
+    power = gl.minimum(gl.maximum(power, -100), 126)
+    return power.to(gl.float32), ((127 - power) << 23).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
@@ -341,11 +346,45 @@ def _loose_tiles(
 
 
 @gluon.jit
+def _words(WORDS, row, real, place, W: gl.constexpr):
+    """See `flash._words`, for the next `PART_N` keys."""
+    words = ()
+    for nth in gl.static_range((PART_N + 31) // 32 + 1):
+        word = (place >> 5) + nth
+        inside = real & (word >= 0) & (word < W)
+        words = words + (gl.load(WORDS + row * W + word, mask=inside, other=0),)
+    return words
+
+
+@gluon.jit
+def _seen(word, first, tail):
+    """See `flash._seen`."""
+    hidden = -tail - first
+    ones = gl.where(hidden < 32, -1 << gl.minimum(gl.maximum(hidden, 0), 31), 0)
+    return gl.where(first < 0, ones, word).to(gl.uint32, bitcast=True)
+
+
+@gluon.jit
+def _visible(words, place, tail, LAYOUT: gl.constexpr):
+    """See `flash._visible`."""
+    key = gl.expand_dims(gl.arange(0, PART_N, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    first, shift = place & -32, (place & 31).to(gl.uint32)
+    found = gl.zeros([place.shape[0], PART_N], gl.uint32, LAYOUT)
+    low = _seen(words[0], first, tail)
+    for nth in gl.static_range((PART_N + 31) // 32):
+        high = _seen(words[nth + 1], first + 32 * (nth + 1), tail)
+        bits = (low >> shift) | ((high << 1) << (31 - shift))
+        found = gl.where(key // 32 == nth, gl.expand_dims(bits, 1), found)
+        low = high
+    return (found & (1 << (key % 32).to(gl.uint32))) != 0
+
+
+@gluon.jit
 def _compute(
     GROUP: gl.constexpr,
     q_held, k_ring, v_ring, full, free,
     Q, OUT, LSE, PART, STATES, HEADER, WORKER_TABLE,
-    KEY_TAGS, ROW_REQUESTS, ROW_DEPTHS, WORDS, SINKS,
+    ROW_ROOTS, ROW_TAILS, ROW_DEPTHS, WORDS, SINKS,
     scale, softcap, q_row, q_head,
     HQ: gl.constexpr, G: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, W: gl.constexpr,
     CAUSAL: gl.constexpr, SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
@@ -450,16 +489,13 @@ def _compute(
             packed = packed0 + gl.arange(0, M, layout=ROWS)
             row = row0 + packed // G
             masked = (packed < tokens * G) & (loose_begin < loose_end)
-            row_request = gl.load(ROW_REQUESTS + row, mask=masked, other=-2)
+            tail = gl.load(ROW_TAILS + row, mask=masked, other=0)
+            root = gl.load(ROW_ROOTS + row, mask=masked, other=0)
+            behind = key0 + loose_begin * PART_N - root
             if CAUSAL:
-                row_depth = gl.load(ROW_DEPTHS + row, mask=masked, other=0)
+                depth = gl.load(ROW_DEPTHS + row, mask=masked, other=-1)
             else:
-                row_words = ()
-                for word in gl.static_range(W):
-                    row_words = row_words + (gl.load(WORDS + row * W + word, mask=masked, other=0),)
-            key = loose_begin * PART_N + gl.arange(0, PART_N, layout=gl.SliceLayout(0, SCORES))
-            here = (key < loose) & (loose_begin < loose_end)
-            tag = gl.load(KEY_TAGS + key0 + key, mask=here, other=-1)
+                words = _words(WORDS, row, masked, behind, W)
 
             if dense > 0:
                 mbarrier.wait(full.index(stage), phase)
@@ -473,20 +509,17 @@ def _compute(
                 qk = _start_scores(q_held, k_ring, stage * PARTS, blank, 1)
                 qk = warpgroup_mma_wait(0, deps=qk)
                 scores, factor = _scores(qk, scale, softcap, SOFTCAP)
-                place = (tag & PLACE_MASK) - PLACE_ZERO
-                sees = gl.expand_dims(row_request, 1) == gl.expand_dims(tag >> PLACE_BITS, 0)
                 if CAUSAL:
-                    sees = sees & (gl.expand_dims(row_depth, 1) >= gl.expand_dims(place, 0))
+                    key = gl.arange(0, PART_N, layout=gl.SliceLayout(0, SCORES))
+                    key = gl.expand_dims(behind, 1) + gl.expand_dims(key, 0)
+                    sees = key >= -gl.expand_dims(tail, 1)
+                    sees = sees & (key <= gl.expand_dims(depth, 1))
                 else:
-                    bits = gl.zeros([M, PART_N], gl.int32, SCORES)
-                    for word in gl.static_range(W):
-                        mine = gl.expand_dims((place >> 5) == word, 0)
-                        bits = gl.where(mine, gl.expand_dims(row_words[word], 1), bits)
-                    ancestor = ((bits >> gl.expand_dims(place & 31, 0)) & 1) != 0
-                    sees = sees & (gl.expand_dims(place < 0, 0) | ancestor)
+                    sees = _visible(words, behind, tail, SCORES)
                 scores = gl.where(sees, scores, NEVER)
-                key += PART_N
-                tag = gl.load(KEY_TAGS + key0 + key, mask=key < loose, other=-1)
+                behind += PART_N
+                if not CAUSAL:
+                    words = _words(WORDS, row, masked, behind, W)
                 peak, total, fade, weights = _soften(peak, total, (scores,), factor, 1, True)
                 acc = acc * gl.expand_dims(gl.convert_layout(fade, OUT_ROWS), 1)
                 loose_p = (gl.convert_layout(weights[0].to(dtype), WEIGHTS),)
@@ -502,11 +535,10 @@ def _compute(
             dims = gl.expand_dims(gl.arange(0, DV, layout=gl.SliceLayout(0, RESULT)), 0)
             peak = gl.convert_layout(peak, OUT_ROWS)
             total = gl.convert_layout(total, OUT_ROWS)
-            whole = (begin == 0) & (end == steps) & (alone > 0)
-            lse = peak + gl.log2(total)
-            if whole:
+            if (begin == 0) & (end == steps) & (alone > 0):
                 if HAS_LSE:
-                    gl.store(LSE + row * HQ + query_head, lse * LN2, mask=real)
+                    lse = (peak + gl.log2(total)) * LN2
+                    gl.store(LSE + row * HQ + query_head, lse, mask=real)
                 if HAS_SINKS:
                     sink = gl.load(SINKS + query_head, mask=real, other=0.0).to(gl.float32) * LOG2E
                     new = gl.maximum(peak, sink)
@@ -517,17 +549,14 @@ def _compute(
                 out = acc * gl.expand_dims(1 / total, 1)
                 gl.store(at_out, out.to(OUT.dtype.element_ty), mask=gl.expand_dims(real, 1))
             else:
-                # Scaled by its largest value, a row cannot overflow in half the bytes.
-                largest = gl.max(gl.abs(acc), 1)
-                scaled = acc * gl.expand_dims(1 / gl.where(largest == 0, 1.0, largest), 1)
-                size = largest / gl.where(total == 0, 1.0, total)
-                span = (steps + pieces - 1) // pieces
-                slot = slot0 + column * pieces + begin // span
+                power, shrink = _power_of(gl.max(gl.abs(acc), 1))
+                slot = slot0 + column * pieces + begin // ((steps + pieces - 1) // pieces)
                 place = slot * BLOCK_M + GROUP * M + gl.arange(0, M, layout=OUT_ROWS)
-                gl.store(STATES + place * 2, lse, mask=real)
-                gl.store(STATES + place * 2 + 1, size, mask=real)
+                gl.store(STATES + place * 2, peak + power, mask=real)
+                gl.store(STATES + place * 2 + 1, total * shrink, mask=real)
+                left = (acc * gl.expand_dims(shrink, 1)).to(PART.dtype.element_ty)
                 at_part = PART + gl.expand_dims(place.to(gl.int64) * DV, 1) + dims
-                gl.store(at_part, scaled.to(PART.dtype.element_ty), mask=gl.expand_dims(real, 1))
+                gl.store(at_part, left, mask=gl.expand_dims(real, 1))
             step += end - begin
         worker += programs
         worker = gl.where(worker < workers, worker, -1)
@@ -536,7 +565,7 @@ def _compute(
 @gluon.jit(do_not_specialize=["table_width"])
 def attend_kernel(
     Q, K, V, K_TILES, V_TILES, OUT, LSE, PART, STATES, HEADER, WORKER_TABLE, TABLE,
-    KEY_SLOTS, KEY_TAGS, ROW_REQUESTS, ROW_DEPTHS, WORDS, SINKS,
+    KEY_SLOTS, ROW_ROOTS, ROW_TAILS, ROW_DEPTHS, WORDS, SINKS,
     scale, softcap, table_width, q_row, q_head, k_token, k_head, v_token, v_head,
     HQ: gl.constexpr, G: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
     PAGE: gl.constexpr, W: gl.constexpr, CAUSAL: gl.constexpr, SOFTCAP: gl.constexpr,
@@ -564,7 +593,7 @@ def attend_kernel(
             (_compute, (
                 0, q_held.index(0), k_ring, v_ring, full, free,
                 Q, OUT, LSE, PART, STATES, HEADER, WORKER_TABLE,
-                KEY_TAGS, ROW_REQUESTS, ROW_DEPTHS, WORDS, SINKS,
+                ROW_ROOTS, ROW_TAILS, ROW_DEPTHS, WORDS, SINKS,
                 scale, softcap, q_row, q_head,
                 HQ, G, DK, DV, W, CAUSAL, SOFTCAP, HAS_SINKS, HAS_LSE,
                 BLOCK_M, BLOCK_N, LOOSE_STEPS, STAGES, PDL,
@@ -572,7 +601,7 @@ def attend_kernel(
             (_compute, (
                 1, q_held.index(1), k_ring, v_ring, full, free,
                 Q, OUT, LSE, PART, STATES, HEADER, WORKER_TABLE,
-                KEY_TAGS, ROW_REQUESTS, ROW_DEPTHS, WORDS, SINKS,
+                ROW_ROOTS, ROW_TAILS, ROW_DEPTHS, WORDS, SINKS,
                 scale, softcap, q_row, q_head,
                 HQ, G, DK, DV, W, CAUSAL, SOFTCAP, HAS_SINKS, HAS_LSE,
                 BLOCK_M, BLOCK_N, LOOSE_STEPS, STAGES, PDL,
@@ -614,7 +643,7 @@ def attend(
         query, keys, values, _tiles(keys), _tiles(values),
         out, states if lse is None else lse, part, states,
         schedule.header, schedule.workers, schedule.page_table,
-        schedule.key_slots, schedule.key_tags, schedule.row_requests, schedule.row_depths,
+        schedule.key_slots, schedule.row_roots, schedule.row_tails, schedule.row_depths,
         states if schedule.words is None else schedule.words, states if sinks is None else sinks,
         scale, softcap or 1.0, schedule.page_table.shape[1],
         query.stride(0), query.stride(1),

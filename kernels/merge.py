@@ -38,6 +38,20 @@ PROGRAMS = 16
 """For each multiprocessor, at most: starting one costs more than having it take another turn."""
 
 
+@triton.jit
+def power_of(largest):
+    """How far to move the binary point of rows [M] so that half precision holds them.
+
+    Returns:
+        The power of two below each row's largest element, as a number, and what to multiply the
+        row with, which leaves elements below 2. Rows of zeros, and those too small to matter
+        beside any other, are taken for 2^-100: its inverse times a sum of weights is a number.
+    """
+    power = (largest.to(tl.int32, bitcast=True) >> 23) - 127
+    power = tl.minimum(tl.maximum(power, -100), 126)
+    return power.to(tl.float32), ((127 - power) << 23).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _merge_kernel(
     OUT,
@@ -83,6 +97,7 @@ def _merge_kernel(
             count = tl.where(steps > 0, tl.load(at + PIECES, mask=inside, other=0), 0)
             slot = tl.load(at + SLOT0, mask=inside, other=0) + column * count
             alone = tl.load(at + ALONE, mask=inside, other=0)
+            parent = tl.load(at + PARENT, mask=inside, other=-1)
             done = done | ((alone > 0) & (count == 1))  # written by the only piece
             count = tl.where(done, 0, count)
             if PDL:  # the work list is older than the launch before; its partial results are not
@@ -90,19 +105,18 @@ def _merge_kernel(
             for k in range(0, tl.max(count, 0), MERGE_PIECES):
                 have = (k + order)[None, :] < count[:, None]
                 place = (slot[:, None] + k + order[None, :]) * BLOCK_M + (packed % BLOCK_M)[:, None]
-                lse = tl.load(STATES + place * 2, mask=have, other=NEVER)
-                size = tl.load(STATES + place * 2 + 1, mask=have, other=0.0)
+                high = tl.load(STATES + place * 2, mask=have, other=NEVER)
+                share = tl.load(STATES + place * 2 + 1, mask=have, other=0.0)
                 at_part = PART + place[:, :, None].to(tl.int64) * DV + dims[None, None, :]
                 mask = have[:, :, None] & (dims[None, None, :] < DV)
                 part = tl.load(at_part, mask=mask, other=0.0).to(tl.float32)
-                new = tl.maximum(peak, tl.max(lse, 1))
+                new = tl.maximum(peak, tl.max(high, 1))
                 base = tl.where(new == NEVER, 0.0, new)
-                weight = tl.exp2(lse - base[:, None])
+                weight = tl.exp2(high - base[:, None])
                 fade = tl.exp2(peak - base)
-                acc = acc * fade[:, None] + tl.sum(part * (weight * size)[:, :, None], 1)
-                total = total * fade + tl.sum(weight, 1)
+                acc = acc * fade[:, None] + tl.sum(part * weight[:, :, None], 1)
+                total = total * fade + tl.sum(weight * share, 1)
                 peak = new
-            parent = tl.load(at + PARENT, mask=inside, other=-1)
             at = ITEMS + parent * ITEM_FIELDS
             inside = parent >= 0
         write = real & (done == 0)
@@ -124,8 +138,8 @@ def _merge_kernel(
 def merge(
     out: Tensor,  # [R, Hq, DV], filled where the work list left pieces
     lse: Tensor | None,  # [R, Hq] float32
-    part: Tensor,  # [slots, M, DV], each row scaled by its largest element
-    states: Tensor,  # [slots, M, 2] float32, log-sum-exp in base 2 and that scale
+    part: Tensor,  # [slots, M, DV], rows times a power of two that leaves them below 2
+    states: Tensor,  # [slots, M, 2] float32: their maximum in base 2 for it, their sum times it
     schedule: Schedule,
     sinks: Tensor | None,  # [Hq]
     options: dict[str, Any],  # of the launch of attention, as the kernel names them

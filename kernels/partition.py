@@ -179,7 +179,9 @@ def workers(
     """The interval of steps of each worker: some whole columns of one item, or a part of a column.
 
     `node` gives each column to one worker; `node_chunk` cuts columns into chunks; `two_phase` cuts
-    those of shared nodes only. The others cut evenly, see `even_spans`.
+    those of shared nodes only. The others cut evenly, see `even_cuts`. Of an item that is cut, the
+    first pieces of all columns come first: the last ones, which are what is left, then fall to the
+    programs that find room last.
     """
     work = [(item.steps(requests, shape), item.columns(requests, shape)) for item in found]
     if mode in EVEN_MODES:
@@ -193,14 +195,18 @@ def workers(
     bounds: list[tuple[int, int]] = []
     start = 0
     for (steps, columns), (pieces, takes) in zip(work, cuts, strict=True):
-        span = -(-steps // pieces) if pieces else 1
-        for column in range(0, columns, takes):
-            first = start + column * steps
-            last = first + min(takes, columns - column) * steps
-            if pieces == 1:
-                bounds.append((first, last))
-            else:
-                bounds += [(step, min(step + span, last)) for step in range(first, last, span)]
+        if not columns:
+            continue
+        span = -(-steps // pieces)
+        ends = range(start, start + (columns + 1) * steps, steps)  # of columns
+        if pieces == 1:
+            bounds += [(ends[c], ends[min(c + takes, columns)]) for c in range(0, columns, takes)]
+        else:
+            bounds += [
+                (begin + piece * span, min(begin + (piece + 1) * span, end))
+                for piece in range(pieces)
+                for begin, end in pairwise(ends)
+            ]
         start += steps * columns
     return bounds
 

@@ -36,9 +36,6 @@ from specdec.kernels.worklist import (
     PARENT,
     PARTIALS,
     PIECES,
-    PLACE_BITS,
-    PLACE_MASK,
-    PLACE_ZERO,
     PREFIX,
     REQUEST_FIELDS,
     ROW0,
@@ -327,10 +324,11 @@ def _tables(
     WORKER_TABLE,
     max_workers,
     KEY_SLOTS,
-    KEY_TAGS,
     max_keys,
     ROW_TABLE,
-    ROW_REQUESTS,
+    ROW_ROOTS,
+    ROW_TAILS,
+    DEPTHS,
     total_rows,
     requests,
     SEEN,
@@ -339,6 +337,7 @@ def _tables(
     PAGE: tl.constexpr,
     W: tl.constexpr,
     CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -353,6 +352,7 @@ def _tables(
     keys = tl.load(at + KEYS, mask=real, other=0)
     loose = tl.where(real, prefix % BLOCK_N + keys, 0)
     ends = tl.cumsum(loose, 0)
+    roots = ends - keys  # where each request's tree begins
 
     # Loose keys: the end of each prefix and the tree behind it.
     owner = tl.sum((ends[None, :] <= index[:, None]).to(tl.int32), 1)
@@ -360,9 +360,7 @@ def _tables(
     owner = tl.minimum(owner, requests - 1)
     at = REQUESTS + owner * REQUEST_FIELDS
     length = tl.load(at + PREFIX)
-    tail = length % BLOCK_N
-    count = tail + tl.load(at + KEYS)
-    place = index - (pick(ends, owner, B) - count) - tail
+    place = index - pick(roots, owner, B)
     position = tl.where(found, length + place, 0)
     page = tl.minimum(position // PAGE, table_width - 1)
     sequence = tl.load(at + SEQUENCE)
@@ -374,15 +372,18 @@ def _tables(
         found = found & ((place < 0) | (((seen >> (place % 32)) & 1) != 0))
     slot = tl.where(found, page * PAGE + position % PAGE, -1)
     tl.store(KEY_SLOTS + index, slot, mask=mask)
-    tag = (owner << PLACE_BITS) + place + PLACE_ZERO
-    tl.store(KEY_TAGS + index, tl.where(found, tag, -1), mask=mask)
 
     # Rows.
     request = tl.sum((row0[None, :] <= index[:, None]).to(tl.int32), 1) - 1
     # Requests without rows start where the next one does; the last of equals has the rows.
     mask = index < total_rows
     item = B + request  # what the request has for itself comes first
-    tl.store(ROW_REQUESTS + index, request, mask=mask)
+    tail = tl.load(REQUESTS + request * REQUEST_FIELDS + PREFIX, mask=mask, other=0) % BLOCK_N
+    if WINDOW > 0:
+        depth = tl.load(DEPTHS + index, mask=mask, other=0)
+        tail = tl.minimum(tail, tl.maximum(WINDOW - 1 - depth, 0))
+    tl.store(ROW_ROOTS + index, pick(roots, request, B), mask=mask)
+    tl.store(ROW_TAILS + index, tail, mask=mask)
     for field in tl.static_range(ITEM_FIELDS):
         value = tl.load(ITEMS + item * ITEM_FIELDS + field, mask=mask, other=0)
         tl.store(ROW_TABLE + index * ITEM_FIELDS + field, value, mask=mask)
@@ -401,7 +402,10 @@ def _tables(
     pieces = tl.load(item_at + PIECES, mask=inside, other=1)
     takes = tl.load(item_at + TAKES, mask=inside, other=1)
     nth = index - tl.load(item_at + WORKER0, mask=inside, other=0)
-    column, piece = nth // pieces * takes, nth % pieces
+    # The last pieces of all columns come last, see `partition.workers`.
+    whole = pieces == 1
+    column = tl.where(whole, nth * takes, nth % tl.maximum(columns, 1))
+    piece = tl.where(whole, 0, nth // tl.maximum(columns, 1))
     span = cdiv(steps, pieces)
     step = column * steps + piece * span
     stop = tl.where(pieces > 1, tl.minimum(step + span, (column + 1) * steps), step + takes * steps)
@@ -455,11 +459,6 @@ def build(
         programs: of the launch; also the workers of an even cut.
     """
     requests, rows = len(row_starts) - 1, len(sequence)
-    if requests >= 1 << (31 - int(PLACE_BITS)) or max_places + 256 > int(PLACE_MASK):
-        raise ValueError(
-            "plan: expected fewer than 2048 requests and at most 2**20 - 257 places behind their "
-            f"prefixes, got {requests} and {max_places}"
-        )
     device = sequence.device
     sequence, nodes = sequence.contiguous(), nodes.contiguous()
     ancestors = None if ancestors is None else ancestors.contiguous()
@@ -488,8 +487,8 @@ def build(
     header, items = empty(16), empty(2 * slots_per_request, 16)
     table = empty(slots_per_request, 8)
     worker_table = empty(workers, 32)
-    key_slots, key_tags = empty(max_keys), empty(max_keys)
-    row_table, row_requests = empty(rows, 16), empty(rows)
+    key_slots, row_table = empty(max_keys), empty(rows, 16)
+    row_roots, row_tails = empty(rows), empty(rows)
     row_depths, row_positions = empty(rows), empty(rows)
     seen, scratch = empty(requests, width), empty(6, slots_per_request)
     given = row_depths if ancestors is None else ancestors
@@ -512,13 +511,13 @@ def build(
     block = max(16, min(128, 16384 // slots_per_request))  # it meets every request
     _tables[(triton.cdiv(max(max_keys, rows, workers), block),)](
         table, header, items, page_table, page_table.shape[1],
-        worker_table, workers, key_slots, key_tags, max_keys,
-        row_table, row_requests, rows, requests, seen,
-        B=slots_per_request, HKV=kv_heads, W=width, CAUSAL=ancestors is None,
+        worker_table, workers, key_slots, max_keys,
+        row_table, row_roots, row_tails, row_depths, rows, requests, seen,
+        B=slots_per_request, HKV=kv_heads, W=width, CAUSAL=ancestors is None, WINDOW=window or 0,
         PARTS=max(1, tiling.block_n // page_size), BLOCK=block, **shape,
     )  # fmt: skip
     return Schedule(
         mode, tiling, window, ancestors is None, programs, requests, header, items, worker_table,
-        key_slots, key_tags, row_table, row_requests, row_depths, row_positions,
+        key_slots, row_table, row_roots, row_tails, row_depths, row_positions,
         None if ancestors is None else words, page_table, prefix_lens, page_size, columns + workers,
     )  # fmt: skip

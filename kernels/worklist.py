@@ -59,12 +59,6 @@ SEQUENCE_MODE, NODE, NODE_CHUNK, FLATTEN, TWO_PHASE, AUTO = (tl.constexpr(c) for
 UNLIMITED = tl.constexpr(1 << 30)
 
 
-# A key's request and its place behind the prefix (negative within it), in one number.
-PLACE_BITS = tl.constexpr(20)
-PLACE_MASK = tl.constexpr((1 << 20) - 1)
-PLACE_ZERO = tl.constexpr(256)
-
-
 @dataclass(frozen=True)
 class Tiling:
     """The shape of the kernel: what is fixed when it is compiled or launched."""
@@ -97,9 +91,9 @@ class Schedule:
     items: Tensor  # [2B, 16] int32
     workers: Tensor  # [workers, 32] int32
     key_slots: Tensor  # [keys] int32, -1 for none
-    key_tags: Tensor  # [keys] int32, request and place in one number
     rows: Tensor  # [R, 16] int32, the innermost item of each row, copied
-    row_requests: Tensor  # [R] int32
+    row_roots: Tensor  # [R] int32, the entry of the key table where the row's tree begins
+    row_tails: Tensor  # [R] int32, how many entries before that one the row sees
     row_depths: Tensor  # [R] int32
     row_positions: Tensor  # [R] int32, prefix + depth
     words: Tensor | None  # [R, W] int32, ancestors within the window; None for chains

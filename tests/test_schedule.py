@@ -120,7 +120,7 @@ def test_items_and_workers_are_those_of_the_reference(
 
     lengths = sorted(b - a for a, b in partition.workers(expected, batch.requests, mode, shape))
     count = int(built.header[worklist.WORKERS.value])
-    steps = built.workers[:count, [worklist.STEP.value, worklist.STOP.value]].tolist()
+    steps = sorted(built.workers[:count, [worklist.STEP.value, worklist.STOP.value]].tolist())
     assert sorted(b - a for a, b in steps) == lengths
     assert [a for a, _ in steps[1:]] == [b for _, b in steps[:-1]], "no gap, no overlap"
 
@@ -153,8 +153,8 @@ def test_every_pair_of_query_and_key_is_covered_once(
 def pairs(built: Schedule, groups: int, kv_heads: int) -> Counter[tuple[int, int, int]]:
     """The (row, head, slot) that the kernel computes, read off the device's tables."""
     field = {name: getattr(worklist, name).value for name in FIELDS}
-    slots, tags = built.key_slots.tolist(), built.key_tags.tolist()
-    depths, owners = built.row_depths.tolist(), built.row_requests.tolist()
+    slots, positions = built.key_slots.tolist(), built.row_positions.tolist()
+    roots, tails = built.row_roots.tolist(), built.row_tails.tolist()
     assert built.words is not None
     bits = [
         sum((word & 0xFFFFFFFF) << 32 * n for n, word in enumerate(row))
@@ -177,18 +177,13 @@ def pairs(built: Schedule, groups: int, kv_heads: int) -> Counter[tuple[int, int
                         for n in range(BLOCK_N):
                             place = (get["TILE0"] + unit) * BLOCK_N + n
                             page = int(built.page_table[get["OWNER"], place // PAGE])
-                            position = depths[row] + int(built.prefix_lens[owners[row]])
-                            if built.window is None or position - place < built.window:
+                            if built.window is None or positions[row] - place < built.window:
                                 found[row, query_head, page * PAGE + place % PAGE] += 1
                     elif (unit - get["TILES"]) % weight == 0:
                         tile = (unit - get["TILES"]) // weight * BLOCK_N
                         for key in range(tile, min(tile + BLOCK_N, get["LOOSE"])):
-                            tag = tags[get["KEY0"] + key]
-                            place = (tag & ((1 << 20) - 1)) - 256
-                            if tag < 0 or tag >> 20 != owners[row]:
-                                continue
-                            near = built.window is None or depths[row] - place < built.window
-                            if near if place < 0 else bits[row] >> place & 1:
+                            place = get["KEY0"] + key - roots[row]
+                            if place >= -tails[row] if place < 0 else bits[row] >> place & 1:
                                 found[row, query_head, slots[get["KEY0"] + key]] += 1
             step += end - begin
     return found
