@@ -79,12 +79,16 @@ def choose(
     # and to ask for many short columns costs more than it brings. Elsewhere long chains lose by it.
     bring = not full and columns <= programs if shared else not (causal and max_rows > 16)
     tiling = replace(tiling, bring=bring)
-    # A turn of 64 loose keys costs less than two of 32 in trees; with copied tiles only in pages of
-    # 64 and more, and unless many take turns at once.
-    crowded = shared and (full or columns > processors)
-    wide = not causal and (not bulk or (keys.shape[1] >= 64 and not crowded))
-    if wide and tiling.block_m == 64 and (max_rows > 16 or max_prefix > SHORT):
-        tiling = replace(tiling, loose_n=tiling.block_n)
+    if tiling.block_m == 64 and not causal:
+        # A turn of 64 loose keys takes about as long as two of 32, so only trees that fill it take
+        # it: with copied tiles in pages of 64 and more, and unless many take turns at once. Where
+        # tiles are not copied, a turn waits for the slots of its keys, too.
+        crowded = shared and (full or columns > processors)
+        wide = max_rows > 32 and keys.shape[1] >= 64 and not crowded
+        if wide or (not bulk and (max_rows > 16 or max_prefix > SHORT)):
+            tiling = replace(tiling, loose_n=tiling.block_n)
+        if max_rows > 16:
+            tiling = replace(tiling, loose_steps=3)
     if tiling.block_m == 64 and few and (blocks == 1 or blocks * max_prefix <= 4 * SHORT):
         # Memory keeps up with fewer programs than there is room for. More of them make more partial
         # results, and leave no room for the programs of the merge to wait beside them. Blocks that
