@@ -233,6 +233,21 @@ def test_rows_whose_scores_are_all_very_negative() -> None:
     assert float(lse.max()) < -20
 
 
+SIZES = [(torch.float32, 2.0**80), (torch.float32, 2.0**-80), (torch.float16, 2.0**13)]
+
+
+@pytest.mark.parametrize(("dtype", "size"), SIZES)
+def test_values_of_any_size_survive_the_merge(dtype: torch.dtype, size: float) -> None:
+    """Sums of values of 2^13 do not fit in half precision as they are."""
+    scene = shared(dtype=dtype)
+    scene.pages.values.abs_().mul_(size)
+    out = scene.run("node_chunk")
+    scene.pages.values.div_(size)
+    scene.check(out / size)
+    scene.pages.values.nan_to_num_(0).zero_()
+    assert not scene.run("node_chunk").any()
+
+
 @pytest.mark.parametrize("mode", ["sequence", "two_phase"])
 def test_non_ancestors_are_bitwise_irrelevant(mode: Mode) -> None:
     scene = private()
