@@ -3,7 +3,7 @@
 One persistent launch: each program works through its interval of steps. Prefix tiles need no mask;
 only loose keys (the end of a prefix, and trees) are tested one by one. Rows are query tokens times
 the heads of a group, so keys are read once for the whole group. Pieces of cut columns leave their
-normalised result and log-sum-exp. A second launch, which starts while the first one ends, gathers
+sums and their maximum. A second launch, which starts while the first one ends, gathers
 them in a fixed order under their true maximum: the same inputs give the same bits.
 
 Online softmax and merging: FlashAttention-2 (arXiv 2307.08691) and Flash-Decoding. Keys grouped
@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from specdec.kernels.ahead import bring
-from specdec.kernels.merge import LN2, LOG2E, NEVER, merge, power_of
+from specdec.kernels.merge import LN2, LOG2E, NEVER, merge, state_of
 from specdec.kernels.worklist import (
     ALONE,
     BLOCKS,
@@ -433,8 +433,8 @@ def _attend_kernel(
                 mask_out = real[:, None] & (v_dims[None, :] < DV)
                 tl.store(at_out, out.to(OUT.dtype.element_ty), mask=mask_out)
             else:
-                power, shrink = power_of(tl.max(tl.abs(acc), 1))
-                state = tl.join(peak + power, total * shrink)
+                high, both, shrink = state_of(peak, total, tl.max(tl.abs(acc), 1))
+                state = tl.join(high, both)
                 line = slot * BLOCK_M + block_rows
                 at_state = STATES + line[:, None] * 2 + tl.arange(0, 2)[None, :]
                 tl.store(at_state, state, mask=real[:, None])

@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from specdec.kernels.merge import LN2, LOG2E, NEVER
+from specdec.kernels.merge import FRACTION, LN2, LOG2E, NEVER
 from specdec.kernels.worklist import (
     ALONE,
     BLOCKS,
@@ -89,11 +89,15 @@ def _scores(qk, scale, softcap, SOFTCAP: gl.constexpr):
 
 
 @gluon.jit
-def _power_of(largest):
-    """See `merge.power_of`."""
+def _state_of(peak, total, largest):
+    """See `merge.state_of`."""
     power = (largest.to(gl.int32, bitcast=True) >> 23) - 127
     power = gl.minimum(gl.maximum(power, -100), 126)
-    return power.to(gl.float32), ((127 - power) << 23).to(gl.float32, bitcast=True)
+    bits = total.to(gl.int32, bitcast=True)
+    above = gl.maximum((bits >> 23) - 127, -1)
+    both = ((power - above + 127) << 23) | (bits & FRACTION)
+    shrink = ((127 - power) << 23).to(gl.float32, bitcast=True)
+    return peak + above.to(gl.float32), both.to(gl.float32, bitcast=True), shrink
 
 
 @gluon.jit
@@ -549,11 +553,11 @@ def _compute(
                 out = acc * gl.expand_dims(1 / total, 1)
                 gl.store(at_out, out.to(OUT.dtype.element_ty), mask=gl.expand_dims(real, 1))
             else:
-                power, shrink = _power_of(gl.max(gl.abs(acc), 1))
+                high, both, shrink = _state_of(peak, total, gl.max(gl.abs(acc), 1))
                 slot = slot0 + column * pieces + begin // ((steps + pieces - 1) // pieces)
                 place = slot * BLOCK_M + GROUP * M + gl.arange(0, M, layout=OUT_ROWS)
-                gl.store(STATES + place * 2, peak + power, mask=real)
-                gl.store(STATES + place * 2 + 1, total * shrink, mask=real)
+                gl.store(STATES + place * 2, high, mask=real)
+                gl.store(STATES + place * 2 + 1, both, mask=real)
                 left = (acc * gl.expand_dims(shrink, 1)).to(PART.dtype.element_ty)
                 at_part = PART + gl.expand_dims(place.to(gl.int64) * DV, 1) + dims
                 gl.store(at_part, left, mask=gl.expand_dims(real, 1))

@@ -1,6 +1,6 @@
 """Merges the pieces of cut columns: gathered in a fixed order under their true maximum.
 
-Splitting keys and merging by log-sum-exp: Flash-Decoding. docs/tree-attention.md has the formulas.
+Splitting keys and merging: Flash-Decoding. docs/tree-attention.md has the formulas.
 
 Letters: R rows (query tokens), Hq query heads, G heads of a group, DV head dim, M packed rows of a
 block.
@@ -33,23 +33,32 @@ from specdec.kernels.worklist import (
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NEVER = tl.constexpr(float("-inf"))
+FRACTION = tl.constexpr(0x7FFFFF)  # of the bits of a float32
+ONE = tl.constexpr(0x3F800000)
 
 PROGRAMS = 16
 """For each multiprocessor, at most: starting one costs more than having it take another turn."""
 
 
 @triton.jit
-def power_of(largest):
-    """How far to move the binary point of rows [M] so that half precision holds them.
+def state_of(peak, total, largest):
+    """What a piece leaves of its rows [M] beside their weighted sums of values.
+
+    Half precision holds these sums as multiples of the power of two below their `largest` element,
+    down to 2^-100. That power is the exponent of the second number; its fraction is that of
+    `total`, whose own power of two goes to the first number, the maximum. So weights do
+    not depend on how large values are, and no logarithm or quotient is taken.
 
     Returns:
-        The power of two below each row's largest element, as a number, and what to multiply the
-        row with, which leaves elements below 2. Rows of zeros, and those too small to matter
-        beside any other, are taken for 2^-100: its inverse times a sum of weights is a number.
+        The two numbers, and what to multiply the sums with, which leaves elements below 4.
     """
     power = (largest.to(tl.int32, bitcast=True) >> 23) - 127
     power = tl.minimum(tl.maximum(power, -100), 126)
-    return power.to(tl.float32), ((127 - power) << 23).to(tl.float32, bitcast=True)
+    bits = total.to(tl.int32, bitcast=True)
+    above = tl.maximum((bits >> 23) - 127, -1)  # a sum is 1 or hardly less, or nothing is there
+    both = ((power - above + 127) << 23) | (bits & FRACTION)
+    shrink = ((127 - power) << 23).to(tl.float32, bitcast=True)
+    return peak + above.to(tl.float32), both.to(tl.float32, bitcast=True), shrink
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -106,7 +115,10 @@ def _merge_kernel(
                 have = (k + order)[None, :] < count[:, None]
                 place = (slot[:, None] + k + order[None, :]) * BLOCK_M + (packed % BLOCK_M)[:, None]
                 high = tl.load(STATES + place * 2, mask=have, other=NEVER)
-                share = tl.load(STATES + place * 2 + 1, mask=have, other=0.0)
+                both = tl.load(STATES + place * 2 + 1, mask=have, other=0.0)
+                bits = both.to(tl.int32, bitcast=True)
+                share = ((bits & FRACTION) | ONE).to(tl.float32, bitcast=True)
+                size = (bits & ~FRACTION).to(tl.float32, bitcast=True)
                 at_part = PART + place[:, :, None].to(tl.int64) * DV + dims[None, None, :]
                 mask = have[:, :, None] & (dims[None, None, :] < DV)
                 part = tl.load(at_part, mask=mask, other=0.0).to(tl.float32)
@@ -114,7 +126,7 @@ def _merge_kernel(
                 base = tl.where(new == NEVER, 0.0, new)
                 weight = tl.exp2(high - base[:, None])
                 fade = tl.exp2(peak - base)
-                acc = acc * fade[:, None] + tl.sum(part * weight[:, :, None], 1)
+                acc = acc * fade[:, None] + tl.sum(part * (weight * size)[:, :, None], 1)
                 total = total * fade + tl.sum(weight * share, 1)
                 peak = new
             at = ITEMS + parent * ITEM_FIELDS
@@ -138,8 +150,8 @@ def _merge_kernel(
 def merge(
     out: Tensor,  # [R, Hq, DV], filled where the work list left pieces
     lse: Tensor | None,  # [R, Hq] float32
-    part: Tensor,  # [slots, M, DV], rows times a power of two that leaves them below 2
-    states: Tensor,  # [slots, M, 2] float32: their maximum in base 2 for it, their sum times it
+    part: Tensor,  # [slots, M, DV], weighted sums of values times a power of two
+    states: Tensor,  # [slots, M, 2] float32, see `state_of`
     schedule: Schedule,
     sinks: Tensor | None,  # [Hq]
     options: dict[str, Any],  # of the launch of attention, as the kernel names them

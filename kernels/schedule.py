@@ -59,6 +59,9 @@ from specdec.kernels.worklist import (
     Tiling,
 )
 
+MAX_REQUESTS = 2048
+"""One program lays them all out."""
+
 
 @triton.jit
 def _popcount(x):
@@ -459,6 +462,8 @@ def build(
         programs: of the launch; also the workers of an even cut.
     """
     requests, rows = len(row_starts) - 1, len(sequence)
+    if requests >= MAX_REQUESTS:
+        raise ValueError(f"plan: expected fewer than {MAX_REQUESTS} requests, got {requests}")
     device = sequence.device
     sequence, nodes = sequence.contiguous(), nodes.contiguous()
     ancestors = None if ancestors is None else ancestors.contiguous()

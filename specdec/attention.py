@@ -43,7 +43,9 @@ class AttentionPlan:
     row_starts: Tensor  # [B + 1] int32, rows of request b are row_starts[b]:row_starts[b + 1]
     sequence: Tensor  # [R] int64, rows of one sequence side by side
     nodes: Tensor  # [R] int64, place of each row's own key behind the prefix
-    ancestors: Tensor | None  # [R, W] int32 over places behind the prefix; None: all up to the own
+    # [R, W] int32 over places behind the prefix, no bit behind the request's last; None: all up to
+    # the own
+    ancestors: Tensor | None
     slots: Tensor  # [R] int64, where each row's key and value are written
     positions: Tensor  # [R] int64, prefix length + depth
     max_rows: int  # of one request

@@ -182,14 +182,20 @@ def test_head_shapes(heads: int, kv_heads: int, dim: int, value_dim: int) -> Non
     scene.check(scene.run())
 
 
-@pytest.mark.parametrize(("page_size", "block_n"), [(16, 64), (32, 32), (64, 16), (128, 64)])
+@pytest.mark.parametrize(
+    ("page_size", "block_n"), [(16, 64), (32, 32), (64, 16), (128, 64), (64, 128)]
+)
 def test_pages_and_tiles_of_different_sizes(page_size: int, block_n: int) -> None:
     scene = Scene([150, 200, 65], [BRANCHES] * 3, [None, (0, 128), None], page_size=page_size)
     for mode in ("sequence", "auto"):
         for bulk in (False, True) if BULK else (False,):
             for bring in (False, True) if GPU else (False,):
-                tiling = Tiling(16, block_n, 4, 2, 1, loose_n=16, bulk=bulk, bring=bring)
-                scene.check(scene.tiled(mode, tiling))
+                for block_m, loose_n in ((16, 16), (64, block_n)):
+                    tiling = Tiling(
+                        block_m, block_n, 4, 2, 1, loose_n=loose_n, loose_steps=3,
+                        bulk=bulk, bring=bring,
+                    )  # fmt: skip
+                    scene.check(scene.tiled(mode, tiling))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -246,6 +252,17 @@ def test_values_of_any_size_survive_the_merge(dtype: torch.dtype, size: float) -
     scene.check(out / size)
     scene.pages.values.nan_to_num_(0).zero_()
     assert not scene.run("node_chunk").any()
+
+
+def test_pieces_without_values_weigh_as_much_as_others() -> None:
+    """Zeros beside very large values: the scale of values must not reach the sum of weights."""
+    scene = Scene([64], [TokenTree.root(0)], heads=2, kv_heads=1, dim=16)
+    zeros = scene.plan.page_table[scene.plan.sequence[0], :2]
+    scene.pages.values.mul_(2.0**80)
+    scene.pages.values[zeros] = 0
+    out = scene.run("node_chunk")
+    scene.pages.values.div_(2.0**80)
+    scene.check(out / 2.0**80)
 
 
 @pytest.mark.parametrize("mode", ["sequence", "two_phase"])
