@@ -126,6 +126,12 @@ def _loose(PAGES, slots, dims, token, D: tl.constexpr, NEAR: tl.constexpr):
 
 
 @triton.jit
+def _slots(KEY_SLOTS, key, end):
+    """Slots of loose keys, -1 from `end` on."""
+    return tl.load(KEY_SLOTS + key, mask=key < end, other=-1)
+
+
+@triton.jit
 def _words(WORDS, row, real, place, W: tl.constexpr, N: tl.constexpr):
     """The words of each row's ancestors that tell of `place` [M] and the next N: tuple of [M]."""
     words = ()
@@ -302,9 +308,10 @@ def _attend_kernel(
             loose_end = (tl.minimum(loose_end, loose) + LOOSE_N - 1) // LOOSE_N
             loose_next = key0 + loose_begin * LOOSE_N + loose_tile
             listed = key0 + tl.where(loose_begin < loose_end, loose, 0)
+            # Here, since a division takes long, and there is something to wait for.
             slot = slot0 + column * pieces + begin // ((steps + pieces - 1) // pieces)
             if BULK:
-                slots = tl.load(KEY_SLOTS + loose_next, mask=loose_next < listed, other=-1)
+                slots = _slots(KEY_SLOTS, loose_next, listed)
             if PDL:  # the work list is older than the launch before; queries and keys are not
                 if BRING:  # noqa: SIM102 - known when the kernel is compiled
                     # What every piece needs first, before all programs ask for their tiles.
@@ -321,9 +328,7 @@ def _attend_kernel(
                                 bring(K + head * k_head, token * k_token, near, DK)
                                 bring(V + head * v_head, token * v_token, near, DV)
                             if not BULK:  # these stay here; registers are short
-                                slots = tl.load(
-                                    KEY_SLOTS + loose_next, mask=loose_next < listed, other=-1
-                                )
+                                slots = _slots(KEY_SLOTS, loose_next, listed)
                             token = slots.to(tl.int64)
                             bring(K + head * k_head, token * k_token, slots >= 0, DK)
                             bring(V + head * v_head, token * v_token, slots >= 0, DV)
@@ -391,9 +396,9 @@ def _attend_kernel(
                 if BULK:
                     slots_now = slots
                     loose_next += LOOSE_N
-                    slots = tl.load(KEY_SLOTS + loose_next, mask=loose_next < listed, other=-1)
+                    slots = _slots(KEY_SLOTS, loose_next, listed)
                 else:  # registers are short
-                    slots_now = tl.load(KEY_SLOTS + key, mask=key < listed, other=-1)
+                    slots_now = _slots(KEY_SLOTS, key, listed)
                 behind = key0 + t * LOOSE_N - root  # place of the first key
                 if not CAUSAL:
                     words = _words(WORDS, row, real, behind, W, LOOSE_N)

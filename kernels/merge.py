@@ -61,6 +61,14 @@ def state_of(peak, total, largest):
     return peak + above.to(tl.float32), both.to(tl.float32, bitcast=True), shrink
 
 
+@triton.jit
+def _apart(both):
+    """What `state_of` put into its second number: the sum's fraction, and the power of two."""
+    bits = both.to(tl.int32, bitcast=True)
+    share = ((bits & FRACTION) | ONE).to(tl.float32, bitcast=True)
+    return share, (bits & ~FRACTION).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _merge_kernel(
     OUT,
@@ -116,9 +124,7 @@ def _merge_kernel(
                 place = (slot[:, None] + k + order[None, :]) * BLOCK_M + (packed % BLOCK_M)[:, None]
                 high = tl.load(STATES + place * 2, mask=have, other=NEVER)
                 both = tl.load(STATES + place * 2 + 1, mask=have, other=0.0)
-                bits = both.to(tl.int32, bitcast=True)
-                share = ((bits & FRACTION) | ONE).to(tl.float32, bitcast=True)
-                size = (bits & ~FRACTION).to(tl.float32, bitcast=True)
+                share, size = _apart(both)
                 at_part = PART + place[:, :, None].to(tl.int64) * DV + dims[None, None, :]
                 mask = have[:, :, None] & (dims[None, None, :] < DV)
                 part = tl.load(at_part, mask=mask, other=0.0).to(tl.float32)
