@@ -192,7 +192,7 @@ def _soften(peak, total, scores, factor, PARTS: tl.constexpr, MASKED: tl.constex
     return new, total * fade + tl.sum(added, 1), fade, weights
 
 
-@triton.jit(do_not_specialize=["table_width"])
+@triton.jit(do_not_specialize=["table_width", "fresh"])
 def _attend_kernel(
     Q,
     K,
@@ -217,6 +217,7 @@ def _attend_kernel(
     scale,
     softcap,
     table_width,
+    fresh,
     q_row,
     q_head,
     k_token,
@@ -250,6 +251,8 @@ def _attend_kernel(
     NEAR: tl.constexpr,
 ):
     if PDL:
+        if fresh > 0:  # the launches before may be those that write the work list
+            tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     programs = tl.num_programs(0)
     workers = tl.load(HEADER + WORKERS)
@@ -471,11 +474,11 @@ def tree_attention(
     part = query.new_empty(schedule.slots, tiling.block_m, dv, dtype=half)
     states = query.new_empty(schedule.slots, tiling.block_m, 2, dtype=torch.float32)
     # Dependent launch: a kernel starts while the one before ends, and waits where it needs it.
-    # What that rests on: the work list must be complete by then, so its first user starts in the
-    # ordinary way; attention stores nothing before it waits; every program of the merge waits, and
+    # What that rests on: the work list must be complete by then, so its first user waits before it
+    # looks; attention stores nothing before it waits; every program of the merge waits, and
     # with it everything that comes later, such as the next layer's partials.
     dependent = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0)
-    early = dependent and schedule.used
+    fresh = int(not schedule.used)
     schedule.used = True
     same = {
         "HQ": heads, "G": heads // kv_heads, "DV": dv, "DVP": max(16, triton.next_power_of_2(dv)),
@@ -487,7 +490,7 @@ def tree_attention(
         from specdec.kernels import hopper  # needs Gluon
 
         hopper.attend(
-            query, keys, values, out, lse, part, states, schedule, scale, softcap, sinks, early
+            query, keys, values, out, lse, part, states, schedule, scale, softcap, sinks, fresh
         )
     else:
         _attend_kernel[(schedule.programs,)](
@@ -499,7 +502,7 @@ def tree_attention(
             schedule.row_tails, schedule.row_depths, schedule.row_positions,
             nothing if schedule.words is None else schedule.words,
             nothing if sinks is None else sinks, nothing if counter is None else counter,
-            scale, softcap or 1.0, schedule.page_table.shape[1],
+            scale, softcap or 1.0, schedule.page_table.shape[1], fresh,
             query.stride(0), query.stride(1),
             keys.stride(1), keys.stride(2), values.stride(1), values.stride(2),
             DK=dk, DKP=max(16, triton.next_power_of_2(dk)), PAGE=schedule.page_size,
@@ -511,9 +514,9 @@ def tree_attention(
             BULK=tiling.bulk, BRING=tiling.bring and dependent,
             NEAR=max(p.shape[0] * p.stride(0) for p in (keys, values)) < 1 << 31, **same,
             num_warps=tiling.warps, enable_fp_fusion=True,
-            **({"launch_pdl": True} if early else {}),
+            **({"launch_pdl": True} if dependent else {}),
         )  # fmt: skip
-    merge(out, lse, part, states, schedule, sinks, same)
+    merge(out, lse, part, states, schedule, sinks, fresh, same)
     return out
 
 

@@ -566,11 +566,11 @@ def _compute(
         worker = gl.where(worker < workers, worker, -1)
 
 
-@gluon.jit(do_not_specialize=["table_width"])
+@gluon.jit(do_not_specialize=["table_width", "fresh"])
 def attend_kernel(
     Q, K, V, K_TILES, V_TILES, OUT, LSE, PART, STATES, HEADER, WORKER_TABLE, TABLE,
     KEY_SLOTS, ROW_ROOTS, ROW_TAILS, ROW_DEPTHS, WORDS, SINKS,
-    scale, softcap, table_width, q_row, q_head, k_token, k_head, v_token, v_head,
+    scale, softcap, table_width, fresh, q_row, q_head, k_token, k_head, v_token, v_head,
     HQ: gl.constexpr, G: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr,
     PAGE: gl.constexpr, W: gl.constexpr, CAUSAL: gl.constexpr, SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr, HAS_LSE: gl.constexpr, BLOCK_M: gl.constexpr,
@@ -578,6 +578,8 @@ def attend_kernel(
     STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     if PDL:
+        if fresh > 0:  # see `flash.tree_attention`
+            tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     M: gl.constexpr = BLOCK_M // GROUPS
     dtype: gl.constexpr = Q.dtype.element_ty
@@ -634,7 +636,7 @@ def attend(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,  # [Hq]
-    early: bool,
+    fresh: int,  # 1 for the first user of the work list, which must not look at it early
 ) -> None:
     """Launches the kernel, which fills `out` and `lse` or leaves partial results.
 
@@ -649,7 +651,7 @@ def attend(
         schedule.header, schedule.workers, schedule.page_table,
         schedule.key_slots, schedule.row_roots, schedule.row_tails, schedule.row_depths,
         states if schedule.words is None else schedule.words, states if sinks is None else sinks,
-        scale, softcap or 1.0, schedule.page_table.shape[1],
+        scale, softcap or 1.0, schedule.page_table.shape[1], fresh,
         query.stride(0), query.stride(1),
         keys.stride(1), keys.stride(2), values.stride(1), values.stride(2),
         HQ=heads, G=heads // kv_heads, DK=query.shape[2], DV=values.shape[3],
@@ -657,7 +659,7 @@ def attend(
         CAUSAL=schedule.causal, SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None,
         HAS_LSE=lse is not None, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
         LOOSE_STEPS=tiling.loose_steps, STAGES=tiling.stages, PDL=True,
-        num_warps=4, enable_fp_fusion=True, **({"launch_pdl": True} if early else {}),
+        num_warps=4, enable_fp_fusion=True, launch_pdl=True,
     )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def _apart(both):
     return share, (bits & ~FRACTION).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "fresh"])
 def _merge_kernel(
     OUT,
     LSE,
@@ -80,6 +80,7 @@ def _merge_kernel(
     ROW_TABLE,
     SINKS,
     rows,
+    fresh,
     HQ: tl.constexpr,
     G: tl.constexpr,
     DV: tl.constexpr,
@@ -93,6 +94,8 @@ def _merge_kernel(
 ):
     """Gathers the pieces of (row, head) pairs, innermost item first, in order of keys."""
     if PDL:
+        if fresh > 0:  # see `flash.tree_attention`
+            tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     dims = tl.arange(0, DVP)
     order = tl.arange(0, MERGE_PIECES)
@@ -160,6 +163,7 @@ def merge(
     states: Tensor,  # [slots, M, 2] float32, see `state_of`
     schedule: Schedule,
     sinks: Tensor | None,  # [Hq]
+    fresh: int,  # 1 for the first user of the work list, which must not look at it early
     options: dict[str, Any],  # of the launch of attention, as the kernel names them
 ) -> None:
     """Launches the merge; on Hopper and later it starts while attention ends."""
@@ -177,7 +181,7 @@ def merge(
     _merge_kernel[(programs,)](
         out, states if lse is None else lse, part, states,
         schedule.header, schedule.items, schedule.rows,
-        states if sinks is None else sinks, out.shape[0], **options,
+        states if sinks is None else sinks, out.shape[0], fresh, **options,
         MERGE_ROWS=rows, MERGE_PIECES=pieces, num_warps=1, enable_fp_fusion=True,
         **({"launch_pdl": True} if options["PDL"] else {}),
     )  # fmt: skip

@@ -22,6 +22,8 @@ from specdec.tree import TokenTree
 
 pytest.importorskip("triton")
 
+import triton
+
 from specdec.kernels import flash, tiles, worklist
 from specdec.kernels.partition import MODES, Mode
 from specdec.kernels.worklist import Tiling
@@ -381,10 +383,29 @@ def test_replays_of_a_captured_plan_and_attention_have_the_same_bits(mode: Mode)
     with torch.cuda.graph(graph):
         scene.plan._schedules.clear()
         out = scene.run(mode)
+    [built] = scene.plan._schedules.values()
     for _ in range(50):
         out.fill_(torch.nan)
+        for table in (built.header, built.items, built.workers, built.rows, built.key_slots):
+            table.zero_()  # attention is launched before it is planned, and must not look
         graph.replay()
         assert torch.equal(out, before)
+
+
+@pytest.mark.gpu
+def test_all_layers_of_a_forward_run_the_same_compiled_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first of them, which waits for its work list, takes as long to compile as any."""
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        triton.knobs.compilation, "listener", lambda src, **_: compiled.append(src.name)
+    )
+    scene = Scene([700], [TokenTree.chain(0, [1] * 8)], heads=11, kv_heads=11, dim=64, page_size=64)
+    for _ in range(3):
+        scene.check(scene.run())
+    assert compiled.count("_attend_kernel") == 1
+    assert compiled.count("_merge_kernel") == 1
 
 
 @pytest.mark.gpu
