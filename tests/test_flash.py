@@ -387,7 +387,7 @@ def test_replays_of_a_captured_plan_and_attention_have_the_same_bits(mode: Mode)
     for _ in range(50):
         out.fill_(torch.nan)
         for table in (built.header, built.items, built.workers, built.rows, built.key_slots):
-            table.zero_()  # attention is launched before it is planned, and must not look
+            table.zero_()  # of the replay before
         graph.replay()
         assert torch.equal(out, before)
 

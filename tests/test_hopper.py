@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -122,47 +119,3 @@ def test_it_is_refused_where_it_cannot_run() -> None:
     data = Data(private(1, 16, 1), "cpu", torch.float32, sets=1)
     with pytest.raises(ValueError, match=r"gluon needs a Hopper GPU and Triton .*, got cpu"):
         tree_attention(data.queries[0], data.pools[0], data.plan, backend="gluon")
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
-from specdec.kernels.hopper import attend_kernel
-
-layout = gl.NVMMASharedLayout.get_default_for([64, 128], gl.bfloat16)
-constants = dict(
-    HQ=32, G=4, DK=128, DV=128, PAGE=64, W=2, CAUSAL=False, SOFTCAP=False, HAS_SINKS=False,
-    HAS_LSE=False, BLOCK_M=128, BLOCK_N=128, LOOSE_STEPS=2, STAGES=3, PDL=True,
-)
-halves = {"Q": "*bf16", "OUT": "*bf16", "K": "*bf16", "V": "*bf16", "SINKS": "*bf16",
-          "PART": "*fp16", "LSE": "*fp32", "STATES": "*fp32", "TABLE": "*i64",
-          "K_TILES": f"tensordesc<bf16[64, 128],{layout!r}>", "scale": "fp32", "softcap": "fp32"}
-halves["V_TILES"] = halves["K_TILES"]
-signature, values, aligned = {}, {}, {}
-for place, name in enumerate(attend_kernel.arg_names):
-    if name in constants:
-        signature[name], values[(place,)] = "constexpr", constants[name]
-    else:
-        signature[name] = halves.get(name, "*i32" if name.isupper() else "i32")
-        if "desc" not in signature[name] and "fp32" != signature[name] and name != "table_width":
-            aligned[(place,)] = [["tt.divisibility", 16]]
-source = GluonASTSource(attend_kernel, signature, values, aligned)
-kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-print(kernel.metadata.shared)
-"""
-
-
-@pytest.mark.slow
-def test_compiles_without_a_gpu() -> None:
-    """In a process of its own, as this one may run Triton's interpreter."""
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) <= 227 << 10
