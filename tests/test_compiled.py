@@ -92,5 +92,5 @@ def test_they_fit_on_a_multiprocessor(kernels: Any, name: str, programs: int) ->
 def test_the_first_user_of_a_work_list_waits_before_anything_looks_at_it(
     kernels: Any, name: str
 ) -> None:
-    """It is launched before the planner has ended, and what it lets in reads the work list, too."""
+    """Nothing else makes sure that it sees what the planner wrote, and so with what it lets in."""
     assert kernels[name]["in_order"], "expected the wait, then who may follow, then the first load"

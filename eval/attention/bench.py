@@ -208,7 +208,7 @@ def partial_bytes(data: Data, mode: Mode) -> int:
     """Bytes of partial results that one call leaves for the merge."""
     schedule = peers.schedule_of(data.plan, mode)
     element = 4 if data.dtype == torch.float32 else 2
-    row = data.case.dim * element + 2 * 4  # the result; its log-sum-exp and its scale
+    row = data.case.dim * element + 2 * 4  # weighted sums of values, and `merge.state_of`
     return int(schedule.header[int(work.PARTIALS)]) * schedule.tiling.block_m * row
 
 
