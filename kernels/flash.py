@@ -476,7 +476,8 @@ def tree_attention(
     # Dependent launch: a kernel starts while the one before ends, and waits where it needs it.
     # What that rests on: the work list must be complete by then, so its first user waits before it
     # looks; attention stores nothing before it waits; every program of the merge waits, and
-    # with it everything that comes later, such as the next layer's partials.
+    # with it everything that comes later, such as the next layer's partials. Hopper's kernel also
+    # reads committed keys early, which are as old as the work list.
     dependent = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0)
     fresh = int(not schedule.used)
     schedule.used = True

@@ -42,6 +42,7 @@ from specdec.kernels.worklist import (
     ROWS,
     SEQUENCE,
     SEQUENCE_MODE,
+    SETTLED,
     SLOT0,
     START,
     STEP,
@@ -322,6 +323,7 @@ def _tables(
     REQUESTS,
     HEADER,
     ITEMS,
+    PREFIX_LENS,
     TABLE,
     table_width,
     WORKER_TABLE,
@@ -427,6 +429,9 @@ def _tables(
         page = tl.minimum(tile * BLOCK_N // PAGE + part, table_width - 1)
         page = tl.load(TABLE + owner * table_width + page, mask=mask & inside, other=0)
         tl.store(at + FIRST_PAGE + part, page.to(tl.int32), mask=mask)
+    # What comes before a part of a chain may be another part, which this very forward computes.
+    committed = tl.load(PREFIX_LENS + owner, mask=mask & inside, other=0).to(tl.int32)
+    tl.store(at + SETTLED, committed // BLOCK_N, mask=mask)
 
 
 def build(
@@ -515,7 +520,7 @@ def build(
     )  # fmt: skip
     block = max(16, min(128, 16384 // slots_per_request))  # it meets every request
     _tables[(triton.cdiv(max(max_keys, rows, workers), block),)](
-        table, header, items, page_table, page_table.shape[1],
+        table, header, items, prefix_lens, page_table, page_table.shape[1],
         worker_table, workers, key_slots, max_keys,
         row_table, row_roots, row_tails, row_depths, rows, requests, seen,
         B=slots_per_request, HKV=kv_heads, W=width, CAUSAL=ancestors is None, WINDOW=window or 0,

@@ -17,8 +17,9 @@ from torch import Tensor
 from specdec.kernels.worklist import MAX_PARTS, Tiling
 
 INTERPRETED = Tiling(16, 16, 4, 1, 1, loose_n=16)
-ROLES = Tiling(128, 128, 8, 3, 1, loose_n=64, bulk=True, roles=True)
-SHORT = 2048  # keys
+NARROW = Tiling(64, 64, 4, 3, 2, loose_n=64, bulk=True, roles=True)
+WIDE = Tiling(128, 128, 8, 3, 1, loose_n=64, bulk=True, roles=True)
+SHORT, LONG = 2048, 32768  # keys
 HEAVY = 1 << 27  # packed rows times keys: 32 requests of 64 nodes and 16,384 keys, for a group of 4
 RESERVED = 1024  # bytes of shared memory that the system keeps for each program
 
@@ -48,8 +49,9 @@ def choose(
     properties = torch.cuda.get_device_properties(query.device)
     kv_heads = keys.shape[2]
     groups = query.shape[1] // kv_heads
-    if gluon and _by_roles(query, keys, values, max_rows * groups, max_prefix):
-        return ROLES, properties.multi_processor_count
+    roles = None
+    if gluon and not (causal and max_rows > 64) and _copied_by_roles(query, keys, values):
+        roles = by_roles(len(query) * groups, max_rows * groups, kv_heads, max_prefix)
     width = max(triton.next_power_of_2(keys.shape[3]), triton.next_power_of_2(values.shape[3]))
     element = query.element_size()
     rows = len(query) if shared else max_rows
@@ -58,8 +60,10 @@ def choose(
     bulk = bulk and _copyable(keys) and _copyable(values)
     blocks = triton.cdiv(len(query) * groups, 64)
     processors = properties.multi_processor_count
-    few = blocks * kv_heads <= processors // 4 and not shared
-    tiling = wanted(
+    requests = len(query) // max(1, max_rows)
+    several = blocks if max_rows * groups > 16 else requests  # blocks of 16 rows hold one each
+    few = several * kv_heads <= processors // 4 and not shared
+    tiling = roles or wanted(
         rows * groups,
         max_rows * groups,
         width,
@@ -72,9 +76,10 @@ def choose(
     most = MAX_PARTS * keys.shape[1]
     if tiling.block_n > most:
         tiling = replace(tiling, block_n=most, loose_n=min(most, tiling.loose_n))
-    tiling = fit(tiling, width, element, properties.shared_memory_per_multiprocessor)
+    if not roles:
+        tiling = fit(tiling, width, element, properties.shared_memory_per_multiprocessor)
     programs = processors * tiling.ctas
-    full, columns = max_rows * groups >= tiling.block_m, len(query) // max(1, max_rows) * kv_heads
+    full, columns = max_rows * groups >= tiling.block_m, requests * kv_heads
     # Where requests share pages, those that fill blocks of their own would all ask for the same,
     # and to ask for many short columns costs more than it brings. Elsewhere long chains lose by it.
     bring = not full and columns <= programs if shared else not (causal and max_rows > 16)
@@ -89,6 +94,8 @@ def choose(
             tiling = replace(tiling, loose_n=tiling.block_n)
         if max_rows > 16:
             tiling = replace(tiling, loose_steps=3)
+    if roles and max_prefix >= LONG:
+        few = False  # in the end every multiprocessor should have had the same to read
     if tiling.block_m == 64 and few and (blocks == 1 or blocks * max_prefix <= 4 * SHORT):
         # Memory keeps up with fewer programs than there is room for. More of them make more partial
         # results, and leave no room for the programs of the merge to wait beside them. Blocks that
@@ -97,26 +104,37 @@ def choose(
     return tiling, programs
 
 
-def _by_roles(query: Tensor, keys: Tensor, values: Tensor, largest: int, prefix: int) -> bool:
-    """Whether `hopper.attend` is for this, by what it was checked with and where it was faster.
-
-    Args:
-        largest: rows times group of the largest request.
-        prefix: committed keys of the longest.
-    """
-    able = (
+def _copied_by_roles(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether `hopper.attend` may be for these, by what it was checked with."""
+    return (
         query.dtype == keys.dtype == values.dtype == torch.bfloat16
-        and {keys.shape[3], values.shape[3]} <= {64, 128}
-        and keys.shape[1] == 64
+        and keys.shape[3] == values.shape[3] in (64, 128)
+        and keys.shape[1] in (16, 32, 64, 128)
         and _copyable(keys)
         and _copyable(values)
     )
-    # Rows that leave half of the last block empty are better off in smaller ones.
-    full = 2 * triton.cdiv(largest, ROLES.block_m) == triton.cdiv(largest, 64)
-    work = len(query) * query.shape[1] // keys.shape[2] * prefix
-    if largest > ROLES.block_m:
-        return able and full and work >= 1 << 22
-    return able and full and prefix >= 1 << 14 and work >= 1 << 24
+
+
+def by_roles(packed: int, largest: int, kv_heads: int, prefix: int) -> Tiling | None:
+    """The tiling of `hopper.attend`, None where the Triton kernel is faster (docs/benchmarks.md).
+
+    Args:
+        packed: rows times group of all requests.
+        largest: rows times group of the largest request.
+        kv_heads: key/value heads.
+        prefix: committed keys of the longest.
+    """
+    blocks = triton.cdiv(largest, 64)  # of a request
+    work = packed * prefix
+    if blocks % 2 == 0:  # else the last pair of blocks would be half empty
+        if blocks > 2 and prefix >= 1 << 12 and work >= 1 << 23:
+            return WIDE
+        if prefix >= 1 << 14 and work >= 1 << 24:
+            return WIDE
+    # Two blocks that read the same keys drift apart where memory is what they wait for.
+    if blocks == 2 and packed // 64 * kv_heads > 64:
+        return None
+    return NARROW
 
 
 def check_gluon(device: torch.device) -> None:

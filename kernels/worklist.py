@@ -47,6 +47,7 @@ STEP = tl.constexpr(16)  # first step
 STOP = tl.constexpr(17)  # end of the interval
 FIRST_PAGE = tl.constexpr(18)  # where its first tile begins, and the pages behind it
 MAX_PARTS = 8  # pages of a tile
+SETTLED = tl.constexpr(26)  # end of its owner's tiles whose keys are older than the work list
 WORKER_FIELDS = tl.constexpr(32)
 
 # Entries of the header.

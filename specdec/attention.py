@@ -164,8 +164,9 @@ def tree_attention(
             the scores a row sees, without the sink.
         backend: `reference`, `sdpa`, `triton`, `gluon`, or `auto`: `triton` for float32, float16
             and bfloat16 on a GPU with pages of at least 16 tokens, else `sdpa`. `triton` runs on
-            the current device. `gluon` is `triton` with another kernel for many rows over many
-            keys, see docs/tree-attention.md; it needs a Hopper GPU.
+            the current device. `gluon` is `triton` with another kernel where that is faster, see
+            docs/tree-attention.md; it needs a Hopper GPU. Once a plan is in use, nothing may write
+            keys and values before its `prefix_lens` until the last call with it.
         mode: how `triton` cuts the work; see docs/tree-attention.md. The result is the same.
 
     Returns:
@@ -258,8 +259,7 @@ def _triton(
     heads, kv_heads = query.shape[1], pages.keys.shape[2]
     if gluon:
         tiles.check_gluon(query.device)
-        # Trees without options are what its kernel was checked with.
-        gluon = plan.ancestors is not None and (window, softcap, sinks, lse) == (None,) * 4
+        gluon = (window, softcap, sinks, lse) == (None,) * 4  # what its kernel was checked with
     tiling, programs = tiles.choose(
         query,
         pages.keys,

@@ -25,7 +25,7 @@ TYPES = {"Q": "*bf16", "OUT": "*bf16", "K": "*bf16", "V": "*bf16", "SINKS": "*bf
          "PART": "*fp16", "LSE": "*fp32", "STATES": "*fp32", "TABLE": "*i64", "COUNTER": "*i64",
          "scale": "fp32", "softcap": "fp32"}
 MERGE = dict(DVP=128, BLOCK_M=64, MERGE_ROWS=1, MERGE_PIECES=8)
-GLUON = dict(BLOCK_M=128, BLOCK_N=128)
+NARROW, WIDE = dict(BLOCK_M=64, BLOCK_N=64), dict(BLOCK_M=128, BLOCK_N=128)
 SHAPE = dict(HQ=32, G=4, DV=128, HAS_SINKS=False, HAS_LSE=False, PDL=True)
 READ = dict(DK=128, PAGE=64, W=2, CAUSAL=False, SOFTCAP=False, LOOSE_STEPS=2, STAGES=3)
 TRITON = dict(
@@ -62,7 +62,8 @@ def compiled(kernel, source, constants, tile=None):
 print(json.dumps({
     "attention": compiled(flash._attend_kernel, ASTSource, SHAPE | READ | TRITON, tile),
     "merge": compiled(merge._merge_kernel, ASTSource, SHAPE | MERGE),
-    "gluon": compiled(hopper.attend_kernel, GluonASTSource, SHAPE | READ | GLUON, gluon_tile),
+    "narrow": compiled(hopper.attend_kernel, GluonASTSource, SHAPE | READ | NARROW, gluon_tile),
+    "wide": compiled(hopper.attend_kernel, GluonASTSource, SHAPE | READ | WIDE, gluon_tile),
 }))
 """
 
@@ -82,13 +83,15 @@ def kernels() -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "programs"), [("attention", 2), ("merge", 1), ("gluon", 1)])
+@pytest.mark.parametrize(
+    ("name", "programs"), [("attention", 2), ("merge", 1), ("narrow", 2), ("wide", 1)]
+)
 def test_they_fit_on_a_multiprocessor(kernels: Any, name: str, programs: int) -> None:
     assert programs * (kernels[name]["shared"] + 1024) <= 228 << 10
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["attention", "merge", "gluon"])
+@pytest.mark.parametrize("name", ["attention", "merge", "narrow", "wide"])
 def test_the_first_user_of_a_work_list_waits_before_anything_looks_at_it(
     kernels: Any, name: str
 ) -> None:

@@ -16,10 +16,13 @@ from specdec.kernels.worklist import Schedule, Tiling
 
 pytest.importorskip("triton.experimental.gluon")
 
-from specdec.kernels import flash, tiles
+from specdec.kernels import flash, moves, tiles
 
-WIDE = tiles.ROLES
-NARROW = replace(WIDE, block_n=64, stages=6)
+SHAPES = {
+    "narrow": tiles.NARROW,
+    "wide": tiles.WIDE,
+    "short tiles": replace(tiles.WIDE, block_n=64, stages=6),
+}
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 CASES = [
@@ -31,6 +34,8 @@ CASES = [
     private(64, 2000, 2, tree="chain"),
     private(128, 3000, 1),  # four words of ancestor bits
     private(64, 1024, 2, page_size=128),
+    private(40, 1000, 2, page_size=32),
+    shared(1, 1024, 200, 6, page_size=16),
     private(48, 900, 3, heads=9, kv_heads=3, dim=64),
     shared(16, 1024, 256, 4),
     private(64, 4096, 32),  # several workers for a program
@@ -68,9 +73,10 @@ def spoil(data: Data) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
-@pytest.mark.parametrize("tiling", [NARROW, WIDE], ids=["narrow", "wide"])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name} {case.tree} {case.dim}")
-def test_as_exact_as_the_triton_kernel(case: Case, tiling: Tiling) -> None:
+def test_as_exact_as_the_triton_kernel(case: Case, shape: str) -> None:
+    tiling = SHAPES[shape]
     data = Data(case, "cuda", torch.bfloat16, sets=1)
     spoil(data)
     exact = data.exact(0)
@@ -83,35 +89,72 @@ def test_as_exact_as_the_triton_kernel(case: Case, tiling: Tiling) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("shape", ["narrow", "wide"])
 @pytest.mark.parametrize("programs", [5, 132])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_every_option(programs: int, softcap: float | None) -> None:
+def test_every_option(programs: int, softcap: float | None, shape: str) -> None:
     data = Data(private(64, 1000, 2), "cuda", torch.float16, sets=1)
     sinks = torch.linspace(-2, 2, HEADS, device="cuda")
     lse = torch.full((2, 128, HEADS), torch.nan, device="cuda")
-    ours, triton = both(data, WIDE, programs, softcap=softcap, sinks=sinks, lse=lse)
+    ours, triton = both(data, SHAPES[shape], programs, softcap=softcap, sinks=sinks, lse=lse)
     torch.testing.assert_close(ours, triton, rtol=2e-3, atol=2e-4)
     torch.testing.assert_close(lse[0], lse[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
-def test_it_is_for_many_rows_over_many_keys() -> None:
+def test_keys_that_the_launch_before_writes_are_waited_for() -> None:
+    """Parts of a chain whose earlier parts are prefix to them, but not committed yet."""
+    data = Data(private(192, 1000, 2, tree="chain"), "cuda", torch.bfloat16, sets=1)
+    pool, query = data.pools[0], data.queries[0]
+    starts = torch.arange(0, 385, 64, dtype=torch.int32, device="cuda")
+    plan = replace(data.plan, row_starts=starts, max_rows=64)
+    slots = data.plan.slots
+    stores = [pool.keys.flatten(0, 1), pool.values.flatten(0, 1)]
+    keys, values = (store[slots] for store in stores)
+    exact = data.exact(0)
+    angle = torch.zeros(384, 128, device="cuda", dtype=torch.bfloat16)
+
+    def layer() -> Tensor:
+        """Writes keys and values as a model does, rotated by nothing, then attends to them."""
+        rotated = moves.rotate_and_write(
+            query, pool.keys, pool.values, slots, keys, values, angle + 1, angle
+        )
+        return tree_attention(rotated, pool, plan, backend="gluon")
+
+    layer()
+    (built,) = plan._schedules.values()
+    assert built.tiling.roles
+    for _ in range(50):
+        for store in stores:
+            store[slots] = torch.nan
+        assert data.error(layer(), exact) < 3e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+def test_which_cases_take_it() -> None:
     cases = {
-        private(64, 4096, 8): True,
-        private(64, 1024, 1): False,
-        private(33, 4096, 8): False,  # would leave nearly half of the second block empty
-        private(16, 16384, 8): False,
-        private(64, 4096, 8, tree="chain"): False,
-        private(64, 4096, 8, page_size=32): False,
+        private(64, 4096, 8): "wide",
+        private(64, 1024, 1): "narrow",
+        private(1, 4096, 8): "narrow",
+        private(32, 1024, 1): "narrow",
+        private(32, 4096, 8): "",  # two blocks of a request would drift apart
+        private(64, 4096, 8, tree="chain"): "wide",
+        private(64, 1024, 8, page_size=16): "narrow",
     }
     for case, wanted in cases.items():
         data = Data(case, "cuda", torch.bfloat16, sets=1)
-        for backend, taken in (("triton", False), ("gluon", wanted)):
+        for backend in ("triton", "gluon"):
             plan = data.new_plan()
-            tree_attention(data.queries[0], data.pools[0], plan, backend=backend)  # type: ignore[arg-type]
+            tree_attention(data.queries[0], data.pools[0], plan, backend=backend)
             (built,) = plan._schedules.values()
-            assert built.tiling.roles == taken, case
+            rows = {"wide": 128, "narrow": 64}.get(wanted)
+            if backend == "triton" or rows is None:
+                assert not built.tiling.roles, case
+            else:
+                assert built.tiling.roles, case
+                assert built.tiling.block_m == rows, case
 
 
 @pytest.mark.skipif(HOPPER, reason="it runs there")

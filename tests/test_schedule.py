@@ -194,6 +194,33 @@ def pairs(built: Schedule, groups: int, kv_heads: int) -> Counter[tuple[int, int
     return found
 
 
+def test_keys_that_are_still_to_be_written_are_told_from_committed_ones() -> None:
+    """To a part of a chain the parts before it are prefix, which its own forward computes."""
+    prefix, parts, rows = 21, 3, 10
+    built = schedule.build(
+        torch.arange(1, 16, device=DEVICE)[None],
+        torch.tensor([prefix], device=DEVICE),
+        PAGE,
+        torch.arange(0, parts * rows + 1, rows, dtype=torch.int32, device=DEVICE),
+        torch.zeros(parts * rows, dtype=torch.int64, device=DEVICE),
+        torch.arange(parts * rows, device=DEVICE),
+        None,
+        max_places=parts * rows,
+        max_prefix=prefix,
+        shared=False,
+        groups=1,
+        kv_heads=1,
+        window=None,
+        mode="auto",
+        tiling=Tiling(BLOCK_M, BLOCK_N, 4, 1, 1, loose_n=BLOCK_N),
+        programs=5,
+    )
+    workers = built.workers[: int(built.header[worklist.WORKERS.value])]
+    assert (workers[:, worklist.SETTLED.value] == prefix // BLOCK_N).all()
+    ends = workers[:, worklist.TILE0.value] + workers[:, worklist.TILES.value]
+    assert int(ends.max()) == (prefix + 2 * rows) // BLOCK_N, "the last part's prefix"
+
+
 def test_hundreds_of_requests_share_a_prefix() -> None:
     requests = [partition.Request([1, 2, 3 + r], 9, 1, 1) for r in range(300)]
     batch = Batch(requests, [[-1]] * 300, groups=1, kv_heads=1)
