@@ -17,11 +17,11 @@ def cdiv(a, b):
 
 
 @triton.jit
-def _cut(steps, columns, cost, START_STEPS: tl.constexpr):
+def _cut(steps, columns, cost, start_steps):
     """Pieces of a column and columns of a worker that has at most that cost."""
-    length = steps + START_STEPS
+    length = steps + start_steps
     whole = length <= cost
-    pieces = cdiv(steps, cdiv(steps, cdiv(steps, cost - START_STEPS)))
+    pieces = cdiv(steps, cdiv(steps, cdiv(steps, cost - start_steps)))
     pieces = tl.where(whole, 1, pieces)
     takes = tl.where(whole, cdiv(columns, cdiv(columns, cost // length)), 1)
     return tl.maximum(pieces, 1), tl.maximum(takes, 1)
@@ -34,17 +34,17 @@ def workers_of(columns, pieces, takes):
 
 
 @triton.jit
-def _needed(inner_steps, inner_columns, leaf_steps, leaf_columns, cost, START_STEPS: tl.constexpr):
+def _needed(inner_steps, inner_columns, leaf_steps, leaf_columns, cost, start_steps):
     """How many workers there are if none costs more than `cost`."""
-    pieces, takes = _cut(inner_steps, inner_columns, cost, START_STEPS)
+    pieces, takes = _cut(inner_steps, inner_columns, cost, start_steps)
     few = tl.sum(workers_of(inner_columns, pieces, takes), 0)
-    pieces, takes = _cut(leaf_steps, leaf_columns, cost, START_STEPS)
+    pieces, takes = _cut(leaf_steps, leaf_columns, cost, start_steps)
     return few + tl.sum(workers_of(leaf_columns, pieces, takes), 0)
 
 
 @triton.jit
 def even_cuts(
-    inner_steps, inner_columns, leaf_steps, leaf_columns, programs, START_STEPS: tl.constexpr
+    inner_steps, inner_columns, leaf_steps, leaf_columns, programs, start_steps
 ):  # fmt: skip
     """Pieces and columns of a worker, for inner items and leaves; see `partition.even_cuts`."""
     work = tl.sum(inner_steps * inner_columns, 0) + tl.sum(leaf_steps * leaf_columns, 0)
@@ -55,22 +55,22 @@ def even_cuts(
     low = tl.maximum(cdiv(work, most), 1)
     high = low
     # The least cost that is enough lies between `low` and `high`.
-    while _needed(inner_steps, inner_columns, leaf_steps, leaf_columns, high, START_STEPS) > most:
+    while _needed(inner_steps, inner_columns, leaf_steps, leaf_columns, high, start_steps) > most:
         low = high + 1
         high = 2 * high
     while low < high:
         middle = (low + high) // 2
-        few = _needed(inner_steps, inner_columns, leaf_steps, leaf_columns, middle, START_STEPS)
+        few = _needed(inner_steps, inner_columns, leaf_steps, leaf_columns, middle, start_steps)
         high = tl.where(few <= most, middle, high)
         low = tl.where(few <= most, low, middle + 1)
     longest = tl.maximum(
         tl.max(tl.where(inner_columns > 0, inner_steps, 0), 0),
         tl.max(tl.where(leaf_columns > 0, leaf_steps, 0), 0),
     )
-    longest += START_STEPS
-    few = _needed(inner_steps, inner_columns, leaf_steps, leaf_columns, longest, START_STEPS)
+    longest += start_steps
+    few = _needed(inner_steps, inner_columns, leaf_steps, leaf_columns, longest, start_steps)
     in_rounds = 16 * cdiv(few, programs) * longest <= 17 * rounds * high
     cost = tl.where(in_rounds, longest, high)
-    inner_pieces, inner_takes = _cut(inner_steps, inner_columns, cost, START_STEPS)
-    leaf_pieces, leaf_takes = _cut(leaf_steps, leaf_columns, cost, START_STEPS)
+    inner_pieces, inner_takes = _cut(inner_steps, inner_columns, cost, start_steps)
+    leaf_pieces, leaf_takes = _cut(leaf_steps, leaf_columns, cost, start_steps)
     return inner_pieces, inner_takes, leaf_pieces, leaf_takes

@@ -59,9 +59,8 @@ def _intervals(common, prefix, requests, SCRATCH, B: tl.constexpr, WINDOW: tl.co
 @triton.jit
 def prefix_tree(
     common, row0, rows, loose, prefix, tiles, requests, columns_limit, SCRATCH,
-    B: tl.constexpr, G: tl.constexpr, HKV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, MODE: tl.constexpr,
-    LOOSE_STEPS: tl.constexpr, START_STEPS: tl.constexpr,
+    groups, kv_heads, block_m, block_n, loose_steps, start_steps,
+    B: tl.constexpr, WINDOW: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """The nodes that several requests share, each under the number of a request that opens it.
 
@@ -72,17 +71,18 @@ def prefix_tree(
     """
     k = tl.arange(0, B)
     real = k < requests
-    blocks = (rows * G + BLOCK_M - 1) // BLOCK_M
+    blocks = (rows * groups + block_m - 1) // block_m
     if MODE == AUTO:
         # Rows that fill a block of their own gain nothing from a block with others.
-        both = ((rows + pick(rows, k - 1, B)) * G + BLOCK_M - 1) // BLOCK_M
+        both = ((rows + pick(rows, k - 1, B)) * groups + block_m - 1) // block_m
         common = tl.where(both < blocks + pick(blocks, k - 1, B), common, 0)
     common = tl.where((k > 0) & real, common, -1)
     first, last, lead, deepest, shortest = _intervals(common, prefix, requests, SCRATCH, B, WINDOW)
     end = tl.where(last < requests, pick(row0, last, B), tl.sum(rows, 0))
-    together = ((end - pick(row0, first, B)) * G + BLOCK_M - 1) // BLOCK_M
+    together = ((end - pick(row0, first, B)) * groups + block_m - 1) // block_m
     inner = (lead == k) & (common > 0)
-    if tl.sum(tl.where(inner, together, 0), 0) * HKV > columns_limit:  # no room for the partials
+    columns = tl.sum(tl.where(inner, together, 0), 0) * kv_heads
+    if columns > columns_limit:  # no room for the partials
         common = tl.minimum(common, 0)
         inner = common > 0
     at_first = pick(common, first, B)
@@ -101,10 +101,10 @@ def prefix_tree(
         # where all of them share tiles under a mask.
         own = tl.where(real, tiles - leaf_depth, 0)
         if MODE == AUTO:
-            turns = (over(loose, first, last, B) + BLOCK_N - 1) // BLOCK_N
-            alone = (loose + BLOCK_N - 1) // BLOCK_N * LOOSE_STEPS
-            alone += tl.where(own == 0, START_STEPS, 0)
-            pays = 2 * turns * together * LOOSE_STEPS < over(alone * blocks, first, last, B)
+            turns = (over(loose, first, last, B) + block_n - 1) // block_n
+            alone = (loose + block_n - 1) // block_n * loose_steps
+            alone += tl.where(own == 0, start_steps, 0)
+            pays = 2 * turns * together * loose_steps < over(alone * blocks, first, last, B)
         else:
             pays = over(own, first, last, B) == 0
         absorbs = (inner & (deepest == common) & pays).to(tl.int32)

@@ -171,7 +171,21 @@ def _requests(
     tl.store(at + COMMON, common)
 
 
-@triton.jit(do_not_specialize=["requests", "programs", "chunk", "columns_limit"])
+# One compilation serves all tilings and heads: whoever starts waits for it.
+@triton.jit(
+    do_not_specialize=[
+        "requests",
+        "programs",
+        "chunk",
+        "columns_limit",
+        "groups",
+        "kv_heads",
+        "block_m",
+        "block_n",
+        "loose_steps",
+        "start_steps",
+    ]
+)
 def _items(
     REQUESTS,
     HEADER,
@@ -181,16 +195,16 @@ def _items(
     programs,
     chunk,
     columns_limit,
+    groups,
+    kv_heads,
+    block_m,
+    block_n,
+    loose_steps,
+    start_steps,
     B: tl.constexpr,
-    G: tl.constexpr,
-    HKV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
     TREE: tl.constexpr,
     MODE: tl.constexpr,
-    LOOSE_STEPS: tl.constexpr,
-    START_STEPS: tl.constexpr,
 ):
     """One program: the prefix tree, its items, and their steps in order."""
     k = tl.arange(0, B)
@@ -201,8 +215,8 @@ def _items(
     sequence = tl.load(at + SEQUENCE, mask=real, other=0)
     prefix = tl.load(at + PREFIX, mask=real, other=0)
     keys = tl.load(at + KEYS, mask=real, other=0)
-    tiles = prefix // BLOCK_N
-    loose = prefix % BLOCK_N + keys
+    tiles = prefix // block_n
+    loose = prefix % block_n + keys
     key0 = tl.cumsum(loose, 0) - loose
 
     if TREE:
@@ -210,7 +224,7 @@ def _items(
         first, last, depth, node_tiles, above, shortest, leaf_depth, leaf_above, absorbs = (
             prefix_tree(
                 common, row0, rows, loose, prefix, tiles, requests, columns_limit, SCRATCH,
-                B, G, HKV, BLOCK_M, BLOCK_N, WINDOW, MODE, LOOSE_STEPS, START_STEPS,
+                groups, kv_heads, block_m, block_n, loose_steps, start_steps, B, WINDOW, MODE,
             )
         )  # fmt: skip
         absorbed = tl.where(leaf_above >= 0, pick(absorbs, leaf_above, B), 0)
@@ -221,7 +235,7 @@ def _items(
         inner_owner = pick(sequence, first, B)
         if WINDOW > 0:
             # Tiles that are out of every row's window; a root stands at the end of its prefix.
-            start = tl.maximum(shortest - WINDOW + 1, 0) // BLOCK_N
+            start = tl.maximum(shortest - WINDOW + 1, 0) // block_n
             cut = tl.minimum(tl.maximum(start - depth, 0), node_tiles)
             depth += cut
             node_tiles -= cut
@@ -234,27 +248,27 @@ def _items(
     leaf_tiles = tl.where(rows > 0, tiles - leaf_depth, 0)
     leaf_tile0 = leaf_depth
     if WINDOW > 0:
-        start = tl.maximum(prefix - WINDOW + 1, 0) // BLOCK_N
+        start = tl.maximum(prefix - WINDOW + 1, 0) // block_n
         cut = tl.minimum(tl.maximum(start - leaf_tile0, 0), leaf_tiles)
         leaf_tile0 += cut
         leaf_tiles -= cut
-    inner_steps = node_tiles + (inner_loose + BLOCK_N - 1) // BLOCK_N * LOOSE_STEPS
+    inner_steps = node_tiles + (inner_loose + block_n - 1) // block_n * loose_steps
     inner_tokens = inner_end - inner_row0
-    inner_blocks = tl.where(inner_steps > 0, (inner_tokens * G + BLOCK_M - 1) // BLOCK_M, 0)
+    inner_blocks = tl.where(inner_steps > 0, (inner_tokens * groups + block_m - 1) // block_m, 0)
 
     # Leaves: what a request has for itself.
     leaf_loose = tl.where((absorbed > 0) | (rows == 0), 0, loose)
     leaves = tl.zeros([B], tl.int32)  # what the requests of a node keep for themselves
     if TREE:
         leaves = over(tl.where(real, leaf_tiles + leaf_loose, 0), first, last, B)
-    leaf_steps = leaf_tiles + (leaf_loose + BLOCK_N - 1) // BLOCK_N * LOOSE_STEPS
-    leaf_blocks = tl.where(leaf_steps > 0, (rows * G + BLOCK_M - 1) // BLOCK_M, 0)
+    leaf_steps = leaf_tiles + (leaf_loose + block_n - 1) // block_n * loose_steps
+    leaf_blocks = tl.where(leaf_steps > 0, (rows * groups + block_m - 1) // block_m, 0)
 
-    inner_columns = inner_blocks * HKV
-    leaf_columns = leaf_blocks * HKV
+    inner_columns = inner_blocks * kv_heads
+    leaf_columns = leaf_blocks * kv_heads
     if (MODE == SEQUENCE_MODE) | (MODE == FLATTEN) | (MODE == AUTO):
         inner_pieces, inner_takes, leaf_pieces, leaf_takes = even_cuts(
-            inner_steps, inner_columns, leaf_steps, leaf_columns, programs, START_STEPS
+            inner_steps, inner_columns, leaf_steps, leaf_columns, programs, start_steps
         )
     else:
         one = tl.full([B], 1, tl.int32)
@@ -513,9 +527,8 @@ def build(
     )  # fmt: skip
     _items[(1,)](
         table, header, items, scratch, requests, programs, CHUNK, limit,
-        B=slots_per_request, G=groups, HKV=kv_heads, BLOCK_M=tiling.block_m,
-        BLOCK_N=tiling.block_n, WINDOW=window or 0, TREE=shared, MODE=number,
-        LOOSE_STEPS=tiling.loose_steps, START_STEPS=tiling.start_steps,
+        groups, kv_heads, tiling.block_m, tiling.block_n, tiling.loose_steps, tiling.start_steps,
+        B=slots_per_request, WINDOW=window or 0, TREE=shared, MODE=number,
         num_warps=4 if slots_per_request <= 32 else 8,
     )  # fmt: skip
     block = max(16, min(128, 16384 // slots_per_request))  # it meets every request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.gpu
 
 VOCAB = TINY["vocab_size"]
 NEW = 48
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 def model_of(name: str = "Llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
@@ -94,15 +96,8 @@ def test_a_replay_gives_what_its_steps_give_one_by_one(
     assert not single._driven().graphs.captured
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tokens_differ_from_uncaptured_ones_at_near_ties_only(dtype: torch.dtype) -> None:
-    """Where they part, the two tokens have nearly the same score."""
-    model, ids = model_of(dtype=dtype), texts(4)
-    options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
-    here = specdec.wrap(model, nodes=17).generate(ids, **options)
-    there = specdec.wrap(model, nodes=17, capture=False).generate(ids, **options)
-    assert isinstance(here, Tensor)
-    assert isinstance(there, Tensor)
+def parts_at_near_ties_only(model: Any, here: Any, there: Any) -> None:
+    """Where two texts part, the two tokens have nearly the same score."""
     for one, other in zip(here, there, strict=True):
         if torch.equal(one, other):
             continue
@@ -110,7 +105,35 @@ def test_tokens_differ_from_uncaptured_ones_at_near_ties_only(dtype: torch.dtype
         with torch.no_grad():
             scores = model(one[None, :place]).logits[0, -1].float()
         gap = float((scores[one[place]] - scores[other[place]]).abs())
-        assert gap < (1e-4 if dtype is torch.float32 else 2**-5 * float(scores.abs().max()))
+        assert gap < (1e-4 if model.dtype is torch.float32 else 2**-5 * float(scores.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_differ_from_uncaptured_ones_at_near_ties_only(dtype: torch.dtype) -> None:
+    model, ids = model_of(dtype=dtype), texts(4)
+    options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
+    here = specdec.wrap(model, nodes=17).generate(ids, **options)
+    there = specdec.wrap(model, nodes=17, capture=False).generate(ids, **options)
+    parts_at_near_ties_only(model, here, there)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("capture", [True, False])
+def test_hoppers_own_kernel_generates_the_same_but_for_near_ties(
+    capture: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from specdec.kernels import hopper
+
+    spy = Mock(wraps=hopper.attend)
+    monkeypatch.setattr(hopper, "attend", spy)
+    model, ids = model_of(dtype=torch.bfloat16, head_dim=64), texts(4, 150)
+    options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
+    found = [
+        specdec.wrap(model, nodes=17, capture=capture, backend=backend).generate(ids, **options)
+        for backend in ("gluon", "triton")
+    ]
+    assert spy.called
+    parts_at_near_ties_only(model, *found)
 
 
 @pytest.mark.parametrize("adaptive", [True, False])
