@@ -127,7 +127,8 @@ def attend(
     """Launches the kernel, which fills `out` and `lse` or leaves partial results.
 
     `tiles.choose` takes it for what it was checked with. Beyond that it has float16, soft caps,
-    sinks and log-sum-exps, and no sliding window. Pages have 16 or 32 tokens or multiples of 64.
+    sinks and log-sum-exps, and no sliding window. Keys and values have the same number of
+    dimensions, 64 or 128; pages have 16 or 32 tokens or multiples of 64.
     """
     tiling = schedule.tiling
     heads, kv_heads = query.shape[1], keys.shape[2]

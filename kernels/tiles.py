@@ -83,7 +83,7 @@ def choose(
     # Where requests share pages, those that fill blocks of their own would all ask for the same,
     # and to ask for many short columns costs more than it brings. Elsewhere long chains lose by it.
     bring = not full and columns <= programs if shared else not (causal and max_rows > 16)
-    tiling = replace(tiling, bring=bring)
+    tiling = replace(tiling, bring=bring and not roles)
     if tiling.block_m == 64 and not causal:
         # A turn of 64 loose keys takes about as long as two of 32, so only trees that fill it take
         # it: with copied tiles in pages of 64 and more, and unless many take turns at once. Where

@@ -37,7 +37,7 @@ tile, gluon_tile = "tensordesc<bf16[64, 128]>", f"tensordesc<bf16[64, 128],{layo
 VARIES = ("table_width", "rows", "fresh")  # not specialised
 
 
-def compiled(kernel, source, constants, tile=None):
+def compiled(kernel, source, constants, tile=None, **options):
     types = TYPES | {"K_TILES": tile, "V_TILES": tile}
     signature, values, aligned = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -50,7 +50,7 @@ def compiled(kernel, source, constants, tile=None):
     built = triton.compile(
         source(kernel, signature, values, aligned),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": 1 if kernel is merge._merge_kernel else 4},
+        options={"num_warps": 1 if kernel is merge._merge_kernel else 4, **options},
     )
     first = [
         re.search(what, built.asm["ptx"]).start()
@@ -62,8 +62,14 @@ def compiled(kernel, source, constants, tile=None):
 print(json.dumps({
     "attention": compiled(flash._attend_kernel, ASTSource, SHAPE | READ | TRITON, tile),
     "merge": compiled(merge._merge_kernel, ASTSource, SHAPE | MERGE),
-    "narrow": compiled(hopper.attend_kernel, GluonASTSource, SHAPE | READ | NARROW, gluon_tile),
-    "wide": compiled(hopper.attend_kernel, GluonASTSource, SHAPE | READ | WIDE, gluon_tile),
+    "narrow": compiled(
+        hopper.attend_kernel, GluonASTSource, SHAPE | READ | NARROW, gluon_tile,
+        maxnreg=hopper.REGISTERS[1],
+    ),
+    "wide": compiled(
+        hopper.attend_kernel, GluonASTSource, SHAPE | READ | WIDE, gluon_tile,
+        maxnreg=hopper.REGISTERS[2],
+    ),
 }))
 """
 
