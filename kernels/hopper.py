@@ -41,12 +41,11 @@ def attend_kernel(
     PAGE: gl.constexpr, W: gl.constexpr, CAUSAL: gl.constexpr, SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr, HAS_LSE: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, LOOSE_STEPS: gl.constexpr,
-    STAGES: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        if fresh > 0:  # see `flash.tree_attention`
-            tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    if fresh > 0:  # see `flash.tree_attention`
+        tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
     GROUPS: gl.constexpr = BLOCK_M // GROUP_M
     dtype: gl.constexpr = Q.dtype.element_ty
     Q_TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP_M, DK], dtype)
@@ -69,13 +68,13 @@ def attend_kernel(
                     Q, OUT, LSE, PART, STATES, HEADER, WORKER_TABLE,
                     ROW_ROOTS, ROW_TAILS, ROW_DEPTHS, WORDS, SINKS, scale, softcap, q_row, q_head,
                     HQ, G, DK, DV, W, CAUSAL, SOFTCAP, HAS_SINKS, HAS_LSE,
-                    BLOCK_M, BLOCK_N, LOOSE_STEPS, STAGES, PDL,
+                    BLOCK_M, BLOCK_N, LOOSE_STEPS, STAGES,
                 )),
                 (fetch, (
                     K, V, K_TILES, V_TILES, k_ring, v_ring, full, free,
                     Q, HEADER, WORKER_TABLE, TABLE, KEY_SLOTS, table_width,
                     q_row, q_head, k_token, k_head, v_token, v_head,
-                    G, DK, DV, PAGE, BLOCK_M, BLOCK_N, LOOSE_STEPS, STAGES, PDL,
+                    G, DK, DV, PAGE, BLOCK_M, BLOCK_N, LOOSE_STEPS, STAGES,
                 )),
             ],
             [4],
@@ -89,20 +88,20 @@ def attend_kernel(
                     Q, OUT, LSE, PART, STATES, HEADER, WORKER_TABLE,
                     ROW_ROOTS, ROW_TAILS, ROW_DEPTHS, WORDS, SINKS, scale, softcap, q_row, q_head,
                     HQ, G, DK, DV, W, CAUSAL, SOFTCAP, HAS_SINKS, HAS_LSE,
-                    BLOCK_M, BLOCK_N, LOOSE_STEPS, STAGES, PDL,
+                    BLOCK_M, BLOCK_N, LOOSE_STEPS, STAGES,
                 )),
                 (compute, (
                     1, q_held.index(1), k_ring, v_ring, full, free,
                     Q, OUT, LSE, PART, STATES, HEADER, WORKER_TABLE,
                     ROW_ROOTS, ROW_TAILS, ROW_DEPTHS, WORDS, SINKS, scale, softcap, q_row, q_head,
                     HQ, G, DK, DV, W, CAUSAL, SOFTCAP, HAS_SINKS, HAS_LSE,
-                    BLOCK_M, BLOCK_N, LOOSE_STEPS, STAGES, PDL,
+                    BLOCK_M, BLOCK_N, LOOSE_STEPS, STAGES,
                 )),
                 (fetch, (
                     K, V, K_TILES, V_TILES, k_ring, v_ring, full, free,
                     Q, HEADER, WORKER_TABLE, TABLE, KEY_SLOTS, table_width,
                     q_row, q_head, k_token, k_head, v_token, v_head,
-                    G, DK, DV, PAGE, BLOCK_M, BLOCK_N, LOOSE_STEPS, STAGES, PDL,
+                    G, DK, DV, PAGE, BLOCK_M, BLOCK_N, LOOSE_STEPS, STAGES,
                 )),
             ],
             [4, 4],
@@ -145,7 +144,7 @@ def attend(
         PAGE=schedule.page_size, W=1 if schedule.words is None else schedule.words.shape[1],
         CAUSAL=schedule.causal, SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None,
         HAS_LSE=lse is not None, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
-        LOOSE_STEPS=tiling.loose_steps, STAGES=tiling.stages, PDL=True,
+        LOOSE_STEPS=tiling.loose_steps, STAGES=tiling.stages,
         num_warps=4, maxnreg=REGISTERS[tiling.block_m // GROUP_M.value],
         enable_fp_fusion=True, launch_pdl=True,
     )  # fmt: skip

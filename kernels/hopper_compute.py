@@ -58,7 +58,7 @@ def compute(
     HQ: gl.constexpr, G: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, W: gl.constexpr,
     CAUSAL: gl.constexpr, SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
     HAS_LSE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    LOOSE_STEPS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+    LOOSE_STEPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A group's rows of all pieces of this program."""
     M: gl.constexpr = GROUP_M
@@ -110,8 +110,8 @@ def compute(
                     packed0, row0, tokens, looks, first_key,
                     ROW_ROOTS, ROW_TAILS, ROW_DEPTHS, WORDS, G, W, CAUSAL, ROWS,
                 )  # fmt: skip
-            if PDL:  # the work list is older than the launch before; queries and keys are not
-                tl.extra.cuda.gdc_wait()
+            # The work list is older than the launch before; queries and keys are not.
+            tl.extra.cuda.gdc_wait()
 
             mine = packed0 + gl.arange(0, M, layout=gl.SliceLayout(1, Q_LINES))
             at_q = Q + (row0 + mine // G).to(gl.int64) * q_row + (head * G + mine % G) * q_head

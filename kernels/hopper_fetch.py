@@ -57,7 +57,7 @@ def fetch(
     q_row, q_head, k_token, k_head, v_token, v_head,
     G: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, PAGE: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    LOOSE_STEPS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+    LOOSE_STEPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Brings the keys and values of all pieces of this program."""
     PARTS: gl.constexpr = BLOCK_N // PART_N
@@ -92,17 +92,17 @@ def fetch(
             last = tile0 + gl.minimum(end, tiles)
             loose_begin, loose_end = loose_tiles(begin, end, tiles, loose, PARTS, LOOSE_STEPS)
             # A stage takes a tile's keys with the values of the tile before, as they are used.
-            pages = _pages(table, first, last, PAGE, BLOCK_N, PARTS)
+            pages = _pages(table, first, last, PAGE, BLOCK_N)
             if first < last:
-                _until_written(first, settled, PDL)
+                _until_written(first, settled)
                 mbarrier.wait(free.index(stage), phase ^ 1)
                 mbarrier.expect(full.index(stage), k_bytes)
                 _copy(K_TILES, k_ring, full, stage, pages, first, head * DK, PAGE, BLOCK_N, PARTS)
                 stage, phase = next_stage(stage, phase, STAGES)
                 for t in range(first + 1, last):
                     before = pages
-                    pages = _pages(table, t, last, PAGE, BLOCK_N, PARTS)
-                    _until_written(t, settled, PDL)
+                    pages = _pages(table, t, last, PAGE, BLOCK_N)
+                    _until_written(t, settled)
                     mbarrier.wait(free.index(stage), phase ^ 1)
                     mbarrier.expect(full.index(stage), k_bytes + v_bytes)
                     _copy(K_TILES, k_ring, full, stage, pages, t, head * DK, PAGE, BLOCK_N, PARTS)
@@ -116,19 +116,18 @@ def fetch(
                     V_TILES, v_ring, full, stage, pages, last - 1, head * DV, PAGE, BLOCK_N, PARTS
                 )
                 stage, phase = next_stage(stage, phase, STAGES)
-            if PDL:
-                if (worker < programs) & (step == entry):
-                    lane = gl.arange(0, 128, layout=LANES)
-                    packed = (column - head * blocks) * BLOCK_M + lane
-                    row = (row0 + packed // G).to(gl.int64)
-                    mine = (lane < BLOCK_M) & (packed < tokens * G)
-                    _ask(Q, row * q_row + (head * G + packed % G) * q_head, mine, DK)
-                    key = key0 + loose_begin * PART_N + lane
-                    mine = (lane < PART_N) & (loose_begin < loose_end) & (key < key0 + loose)
-                    slot = gl.load(KEY_SLOTS + key, mask=mine, other=-1)
-                    _ask(K + head * k_head, slot.to(gl.int64) * k_token, slot >= 0, DK)
-                    _ask(V + head * v_head, slot.to(gl.int64) * v_token, slot >= 0, DV)
-                tl.extra.cuda.gdc_wait()
+            if (worker < programs) & (step == entry):
+                lane = gl.arange(0, 128, layout=LANES)
+                packed = (column - head * blocks) * BLOCK_M + lane
+                row = (row0 + packed // G).to(gl.int64)
+                mine = (lane < BLOCK_M) & (packed < tokens * G)
+                _ask(Q, row * q_row + (head * G + packed % G) * q_head, mine, DK)
+                key = key0 + loose_begin * PART_N + lane
+                mine = (lane < PART_N) & (loose_begin < loose_end) & (key < key0 + loose)
+                slot = gl.load(KEY_SLOTS + key, mask=mine, other=-1)
+                _ask(K + head * k_head, slot.to(gl.int64) * k_token, slot >= 0, DK)
+                _ask(V + head * v_head, slot.to(gl.int64) * v_token, slot >= 0, DV)
+            tl.extra.cuda.gdc_wait()
             for t in range(loose_begin, loose_end):
                 mbarrier.wait(free.index(stage), phase ^ 1)
                 key = key0 + t * PART_N
@@ -179,15 +178,14 @@ def loose_tiles(
 
 
 @gluon.jit
-def _until_written(t, settled, PDL: gl.constexpr):
+def _until_written(t, settled):
     """Waits for the launch before if it may write the keys of tile `t`."""
-    if PDL:
-        if t >= settled:
-            tl.extra.cuda.gdc_wait()
+    if t >= settled:
+        tl.extra.cuda.gdc_wait()
 
 
 @gluon.jit
-def _pages(table, t, stop, PAGE: gl.constexpr, BLOCK_N: gl.constexpr, PARTS: gl.constexpr):
+def _pages(table, t, stop, PAGE: gl.constexpr, BLOCK_N: gl.constexpr):
     """The pages in which tile `t` lies, one for each copy."""
     COPY_N: gl.constexpr = min(PAGE, PART_N)
     pages = ()

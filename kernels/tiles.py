@@ -47,23 +47,29 @@ def choose(
     if query.device.type != "cuda":
         return INTERPRETED, 6
     properties = torch.cuda.get_device_properties(query.device)
+    processors = properties.multi_processor_count
     kv_heads = keys.shape[2]
     groups = query.shape[1] // kv_heads
-    roles = None
-    if gluon and not (causal and max_rows > 64) and _copied_by_roles(query, keys, values):
-        roles = by_roles(len(query) * groups, max_rows * groups, kv_heads, max_prefix)
+    requests = len(query) // max(1, max_rows)
+    blocks = triton.cdiv(len(query) * groups, 64)
+    several = blocks if max_rows * groups > 16 else requests  # blocks of 16 rows hold one each
+    few = several * kv_heads <= processors // 4 and not shared
+    measured = not causal or max_rows <= 64
+    if gluon and measured and _copied_by_roles(query, keys, values):
+        tiling = by_roles(len(query) * groups, max_rows * groups, kv_heads, max_prefix)
+        if tiling is not None:
+            if tiling == NARROW and max_rows > 16 and not causal:
+                tiling = replace(tiling, loose_steps=3)
+            # In the end every multiprocessor should have had the same to read.
+            few = few and max_prefix < LONG
+            return tiling, _programs(tiling, processors, blocks, max_prefix, few=few)
     width = max(triton.next_power_of_2(keys.shape[3]), triton.next_power_of_2(values.shape[3]))
     element = query.element_size()
     rows = len(query) if shared else max_rows
     # Copying many small pages costs more barriers than it saves instructions.
     bulk = properties.major >= 9 and element == 2 and keys.shape[1] >= 32
     bulk = bulk and _copyable(keys) and _copyable(values)
-    blocks = triton.cdiv(len(query) * groups, 64)
-    processors = properties.multi_processor_count
-    requests = len(query) // max(1, max_rows)
-    several = blocks if max_rows * groups > 16 else requests  # blocks of 16 rows hold one each
-    few = several * kv_heads <= processors // 4 and not shared
-    tiling = roles or wanted(
+    tiling = wanted(
         rows * groups,
         max_rows * groups,
         width,
@@ -76,14 +82,13 @@ def choose(
     most = MAX_PARTS * keys.shape[1]
     if tiling.block_n > most:
         tiling = replace(tiling, block_n=most, loose_n=min(most, tiling.loose_n))
-    if not roles:
-        tiling = fit(tiling, width, element, properties.shared_memory_per_multiprocessor)
-    programs = processors * tiling.ctas
+    tiling = fit(tiling, width, element, properties.shared_memory_per_multiprocessor)
     full, columns = max_rows * groups >= tiling.block_m, requests * kv_heads
     # Where requests share pages, those that fill blocks of their own would all ask for the same,
     # and to ask for many short columns costs more than it brings. Elsewhere long chains lose by it.
-    bring = not full and columns <= programs if shared else not (causal and max_rows > 16)
-    tiling = replace(tiling, bring=bring and not roles)
+    room = processors * tiling.ctas
+    bring = not full and columns <= room if shared else not (causal and max_rows > 16)
+    tiling = replace(tiling, bring=bring)
     if tiling.block_m == 64 and not causal:
         # A turn of 64 loose keys takes about as long as two of 32, so only trees that fill it take
         # it: with copied tiles in pages of 64 and more, and unless many take turns at once. Where
@@ -94,14 +99,20 @@ def choose(
             tiling = replace(tiling, loose_n=tiling.block_n)
         if max_rows > 16:
             tiling = replace(tiling, loose_steps=3)
-    if roles and max_prefix >= LONG:
-        few = False  # in the end every multiprocessor should have had the same to read
-    if tiling.block_m == 64 and few and (blocks == 1 or blocks * max_prefix <= 4 * SHORT):
-        # Memory keeps up with fewer programs than there is room for. More of them make more partial
-        # results, and leave no room for the programs of the merge to wait beside them. Blocks that
-        # read the same keys are arithmetic sooner.
-        programs = min(programs, processors * 4 // 3 if blocks == 1 else processors)
-    return tiling, programs
+    return tiling, _programs(tiling, processors, blocks, max_prefix, few=few)
+
+
+def _programs(tiling: Tiling, processors: int, blocks: int, prefix: int, *, few: bool) -> int:
+    """The programs of a launch: what there is room for, or fewer where columns are `few`.
+
+    Memory keeps up with fewer programs. More of them make more partial results, and leave no room
+    for the programs of the merge to wait beside them. Blocks that read the same keys are arithmetic
+    sooner.
+    """
+    room = processors * tiling.ctas
+    if tiling.block_m == 64 and few and (blocks == 1 or blocks * prefix <= 4 * SHORT):
+        return min(room, processors * 4 // 3 if blocks == 1 else processors)
+    return room
 
 
 def _copied_by_roles(query: Tensor, keys: Tensor, values: Tensor) -> bool:

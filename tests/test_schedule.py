@@ -120,6 +120,9 @@ def test_items_and_workers_are_those_of_the_reference(
 
     lengths = sorted(b - a for a, b in partition.workers(expected, batch.requests, mode, shape))
     count = int(built.header[worklist.WORKERS.value])
+    for worker in built.workers[:count].tolist():
+        committed = batch.requests[worker[worklist.OWNER.value]].prefix
+        assert worker[worklist.SETTLED.value] == committed // BLOCK_N
     found_workers = built.workers[:count, [worklist.STEP.value, worklist.STOP.value]].tolist()
     steps = sorted(found_workers)
     assert sorted(b - a for a, b in steps) == lengths
