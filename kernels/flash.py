@@ -450,7 +450,8 @@ def _attend_kernel(
                 at_part = PART + line[:, None].to(tl.int64) * DV + v_dims[None, :]
                 tl.store(at_part, left, mask=real[:, None] & (v_dims[None, :] < DV))
             step += end - begin
-        worker += programs
+        # Backwards and forwards: who had a costly one gets a cheap one, see `partition.dealt`.
+        worker = 2 * programs * (worker // programs + 1) - 1 - worker
         worker = tl.where(worker < workers, worker, -1)
 
 

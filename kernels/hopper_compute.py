@@ -231,7 +231,7 @@ def compute(
                 line = slot * BLOCK_M + GROUP * M + rows
                 _store(PART, q_held, left, line, in_all < tokens * G, OUT_LINES)
             step += end - begin
-        worker += programs
+        worker = 2 * programs * (worker // programs + 1) - 1 - worker
         worker = gl.where(worker < workers, worker, -1)
 
 

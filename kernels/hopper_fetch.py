@@ -154,7 +154,7 @@ def fetch(
                 mbarrier.arrive(full.index(stage))
                 stage, phase = next_stage(stage, phase, STAGES)
             step += end - begin
-        worker += programs
+        worker = 2 * programs * (worker // programs + 1) - 1 - worker
         worker = gl.where(worker < workers, worker, -1)
 
 

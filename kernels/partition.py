@@ -179,9 +179,9 @@ def workers(
     """The interval of steps of each worker: some whole columns of one item, or a part of a column.
 
     `node` gives each column to one worker; `node_chunk` cuts columns into chunks; `two_phase` cuts
-    those of shared nodes only. The others cut evenly, see `even_cuts`. Of an item that is cut, the
-    first pieces of all columns come first: the last ones, which are what is left, then fall to the
-    programs that find room last.
+    those of shared nodes only. The others cut evenly, see `even_cuts`. Workers of costly items come
+    first, see `dealt`. Of an item that is cut, the first pieces of all columns come first: the last
+    ones, which are what is left, then fall to the programs that find room last.
     """
     work = [(item.steps(requests, shape), item.columns(requests, shape)) for item in found]
     if mode in EVEN_MODES:
@@ -189,26 +189,39 @@ def workers(
     else:
         chunked = {"node": (), "node_chunk": (False, True), "two_phase": (False,)}[mode]
         cuts = [
-            (-(-steps // CHUNK) if item.leaf in chunked else 1, 1)
+            (max(1, -(-steps // CHUNK)) if item.leaf in chunked else 1, 1)
             for item, (steps, _) in zip(found, work, strict=True)
         ]
-    bounds: list[tuple[int, int]] = []
+    intervals: list[list[tuple[int, int]]] = []
     start = 0
     for (steps, columns), (pieces, takes) in zip(work, cuts, strict=True):
-        if not columns:
-            continue
         span = -(-steps // pieces)
-        ends = range(start, start + (columns + 1) * steps, steps)  # of columns
+        ends = [start + steps * column for column in range(columns + 1)]
         if pieces == 1:
-            bounds += [(ends[c], ends[min(c + takes, columns)]) for c in range(0, columns, takes)]
+            own = [(ends[c], ends[min(c + takes, columns)]) for c in range(0, columns, takes)]
         else:
-            bounds += [
+            own = [
                 (begin + piece * span, min(begin + (piece + 1) * span, end))
                 for piece in range(pieces)
                 for begin, end in pairwise(ends)
             ]
+        intervals.append(own)
         start += steps * columns
-    return bounds
+    costs = [_each(*size, *cut, shape.start_steps) for size, cut in zip(work, cuts, strict=True)]
+    order = sorted(range(len(found)), key=lambda nth: -costs[nth][0])
+    return [interval for nth in order for interval in intervals[nth]]
+
+
+def dealt(workers: int, programs: int) -> list[list[int]]:
+    """The workers of each program, in order: dealt out forwards, then backwards, and so on.
+
+    As workers of costly items come first, a program with a costly one then gets a cheap one.
+    """
+    hands: list[list[int]] = [[] for _ in range(programs)]
+    for worker in range(workers):
+        turn, place = divmod(worker, programs)
+        hands[place if turn % 2 == 0 else programs - 1 - place].append(worker)
+    return hands
 
 
 def even_cuts(work: Sequence[tuple[int, int]], shape: Shape) -> list[tuple[int, int]]:
@@ -217,7 +230,8 @@ def even_cuts(work: Sequence[tuple[int, int]], shape: Shape) -> list[tuple[int, 
     A worker costs its steps, and `start_steps` for each column that it begins. Every program gets
     one worker, whose cost is the least that leaves none over; or, where that costs about the same,
     several workers of one long column each, one after the other: then neighbours read the same
-    keys at the same time, and columns are not cut.
+    keys at the same time, and columns are not cut. Where items are so unlike that whole workers
+    leave programs idle, each gets two smaller ones, see `dealt`.
 
     Args:
         work: of each item, the steps of a column and its columns.
@@ -229,20 +243,58 @@ def even_cuts(work: Sequence[tuple[int, int]], shape: Shape) -> list[tuple[int, 
     programs, start = shape.programs, shape.start_steps
     rounds = max(1, -(-sum(steps * columns > 0 for steps, columns in work) // programs))
 
-    def needed(cost: int) -> int:
-        cuts = (_cut(steps, columns, cost, start) for steps, columns in work)
-        return sum(
-            columns * pieces if pieces > 1 else -(-columns // takes)
-            for (pieces, takes), (_, columns) in zip(cuts, work, strict=True)
-        )
+    def cut(cost: int) -> list[tuple[int, int]]:
+        return [_cut(steps, columns, cost, start) for steps, columns in work]
 
-    cost = max(1, -(-sum(s * c for s, c in work) // (rounds * programs)))
-    while needed(cost) > rounds * programs:
-        cost += 1
+    def each(cost: int) -> list[tuple[int, int]]:
+        return [_each(*size, *how, start) for size, how in zip(work, cut(cost), strict=True)]
+
+    def needed(cost: int) -> int:
+        return sum(count for _, count in each(cost))
+
+    def least(rounds: int) -> int:
+        cost = max(1, -(-sum(s * c for s, c in work) // (rounds * programs)))
+        while needed(cost) > rounds * programs:
+            cost += 1
+        return cost
+
+    cost = least(rounds)
     longest = max(steps for steps, _ in work) + start
     if 16 * -(-needed(longest) // programs) * longest <= 17 * rounds * cost:
         cost = longest
-    return [_cut(steps, columns, cost, start) for steps, columns in work]
+    if needed(cost) <= programs:
+        two = least(2)
+        if 16 * _busiest(each(two), programs) <= 15 * cost:
+            cost = two
+    return cut(cost)
+
+
+def _busiest(each: Sequence[tuple[int, int]], programs: int) -> int:
+    """What the program with most work has, at most, if at most two workers are dealt to each.
+
+    Args:
+        each: of each item, the cost of a worker and their number.
+    """
+    ranges = []
+    before = 0
+    for cost, count in sorted(each, reverse=True):
+        ranges.append((cost, before, before + count))
+        before += count
+    most = 0
+    for cost, first, last in ranges:
+        if first < min(last, programs):
+            other = 2 * programs - min(last, programs)  # of the last program that has one of these
+            most = max(most, cost + sum(c for c, a, b in ranges if a <= other < b))
+    return most
+
+
+def _each(steps: int, columns: int, pieces: int, takes: int, start: int) -> tuple[int, int]:
+    """The cost of a worker of an item, unless it is a last one, and their number."""
+    if not steps * columns:
+        return 0, 0
+    if pieces > 1:
+        return -(-steps // pieces) + start, columns * pieces
+    return takes * (steps + start), -(-columns // takes)
 
 
 def _cut(steps: int, columns: int, cost: int, start: int) -> tuple[int, int]:

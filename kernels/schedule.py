@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.cuts import cdiv, even_cuts, workers_of
+from specdec.kernels.cuts import cdiv, cost_of, even_cuts, first_workers, workers_of
 from specdec.kernels.partition import CHUNK, EVEN_MODES, MODES, Mode
 from specdec.kernels.prefix_tree import over, pick, prefix_tree
 from specdec.kernels.worklist import (
@@ -268,7 +268,7 @@ def _items(
     leaf_columns = leaf_blocks * kv_heads
     if (MODE == SEQUENCE_MODE) | (MODE == FLATTEN) | (MODE == AUTO):
         inner_pieces, inner_takes, leaf_pieces, leaf_takes = even_cuts(
-            inner_steps, inner_columns, leaf_steps, leaf_columns, programs, start_steps
+            inner_steps, inner_columns, leaf_steps, leaf_columns, programs, start_steps, SCRATCH, B
         )
     else:
         one = tl.full([B], 1, tl.int32)
@@ -286,8 +286,14 @@ def _items(
     leaf_slot0 = tl.sum(inner_slots, 0) + tl.cumsum(leaf_slots, 0) - leaf_slots
     inner_workers = workers_of(inner_columns, inner_pieces, inner_takes)
     leaf_workers = workers_of(leaf_columns, leaf_pieces, leaf_takes)
-    inner_worker0 = tl.cumsum(inner_workers, 0) - inner_workers
-    leaf_worker0 = tl.sum(inner_workers, 0) + tl.cumsum(leaf_workers, 0) - leaf_workers
+    inner_worker0, leaf_worker0 = first_workers(
+        cost_of(inner_steps, inner_pieces, inner_takes, start_steps),
+        inner_workers,
+        cost_of(leaf_steps, leaf_pieces, leaf_takes, start_steps),
+        leaf_workers,
+        SCRATCH,
+        B,
+    )
     inner_alone = ((above < 0) & (absorbs > 0) & (leaves == 0)).to(tl.int32)
     leaf_alone = (leaf_above < 0).to(tl.int32)
     partials = tl.sum(tl.where((inner_pieces > 1) | (inner_alone == 0), inner_slots, 0), 0)
@@ -411,10 +417,11 @@ def _tables(
     x = tl.arange(0, 2 * B)
     at = ITEMS + x * ITEM_FIELDS
     columns = tl.load(at + BLOCKS) * HKV
-    ends = tl.load(at + WORKER0)
-    ends += workers_of(columns, tl.load(at + PIECES), tl.load(at + TAKES))
-    item = tl.sum((ends[None, :] <= index[:, None]).to(tl.int32), 1)
-    inside = item < 2 * B
+    firsts = tl.load(at + WORKER0)
+    ends = firsts + workers_of(columns, tl.load(at + PIECES), tl.load(at + TAKES))
+    own = (firsts[None, :] <= index[:, None]) & (index[:, None] < ends[None, :])
+    inside = tl.max(own.to(tl.int32), 1) > 0
+    item = tl.sum(tl.where(own, x[None, :], 0), 1)
     item_at = ITEMS + item * ITEM_FIELDS
     steps = tl.load(item_at + STEPS, mask=inside, other=1)
     columns = tl.load(item_at + BLOCKS, mask=inside, other=0) * HKV
@@ -497,8 +504,8 @@ def build(
     columns += limit
     even = mode in EVEN_MODES
     max_keys = requests * (tiling.block_n - 1) + max_places
-    # Rounds that every item has a worker in, or every column.
-    workers = max(programs + 2 * requests, columns)
+    # Two rounds, or as many as every item has a worker in, or every column.
+    workers = max(2 * programs, programs + 2 * requests, columns)
     if not even:
         steps = triton.cdiv(max_prefix, tiling.block_n)
         steps += triton.cdiv(max_keys, tiling.block_n) * tiling.loose_steps

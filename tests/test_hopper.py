@@ -124,14 +124,16 @@ def test_keys_that_the_launch_before_writes_are_waited_for() -> None:
 
     What writes them waits for something slow, so that attention is there before it.
     """
-    data = Data(private(128, 1000, 1, tree="chain"), "cuda", torch.bfloat16, sets=1)
+    # A dense tile of the second part, keys 960 to 1023, holds four keys of the first. What writes so
+    # few rows leaves multiprocessors free for all programs of attention.
+    data = Data(private(16, 1020, 1, tree="chain"), "cuda", torch.bfloat16, sets=1)
     pool, query, slots = data.pools[0], data.queries[0], data.plan.slots
-    starts = torch.tensor([0, 64, 128], dtype=torch.int32, device="cuda")
-    plan = replace(data.plan, row_starts=starts, max_rows=64)
+    starts = torch.tensor([0, 8, 16], dtype=torch.int32, device="cuda")
+    plan = replace(data.plan, row_starts=starts, max_rows=8)
     stores = [pool.keys.flatten(0, 1), pool.values.flatten(0, 1)]
     keys, values = (store[slots] for store in stores)
     exact = data.exact(0)
-    angle = torch.zeros(128, 128, device="cuda", dtype=torch.bfloat16)
+    angle = torch.zeros(16, 128, device="cuda", dtype=torch.bfloat16)
     clock = torch.zeros(1, dtype=torch.int64, device="cuda")
 
     def layer() -> Tensor:

@@ -197,6 +197,42 @@ def pairs(built: Schedule, groups: int, kv_heads: int) -> Counter[tuple[int, int
     return found
 
 
+@given(st.lists(st.tuples(st.integers(1, 90), st.integers(0, 9)), min_size=1), st.integers(1, 12))
+def test_the_busiest_program_is_known(each: list[tuple[int, int]], programs: int) -> None:
+    while sum(count for _, count in each) > 2 * programs:
+        each.pop()
+    costs = [cost for cost, count in sorted(each, reverse=True) for _ in range(count)]
+    hands = partition.dealt(len(costs), programs)
+    assert sorted(worker for hand in hands for worker in hand) == [*range(len(costs))]
+    most = max(sum(costs[worker] for worker in hand) for hand in hands)
+    assert partition._busiest(each, programs) == most
+
+
+@pytest.mark.parametrize("mode", ["sequence", "auto"])
+def test_uneven_work_is_dealt_out_in_two_rounds(mode: Mode) -> None:
+    """One worker for each program would leave some idle: columns are too unlike, and too few."""
+    lengths = [380, 20, 200, 90, 60, 150, 35]
+    ends = [sum(-(-n // PAGE) + 1 for n in lengths[: k + 1]) for k in range(len(lengths))]
+    requests = [
+        partition.Request(range(end - -(-n // PAGE) - 1, end), n, 4, 4)
+        for n, end in zip(lengths, ends, strict=True)
+    ]
+    batch = Batch(requests, [[-1, 0, 0, 1]] * len(requests), programs=20)
+    shape = batch.shape(None)
+    items = partition.items(requests, mode, shape)
+    built = batch.build(mode)
+    count = int(built.header[worklist.WORKERS.value])
+    found = built.workers[:count, [worklist.STEP.value, worklist.STOP.value]].tolist()
+    assert [(a, b) for a, b in found] == partition.workers(items, requests, mode, shape)
+
+    assert batch.programs < count <= 2 * batch.programs
+    costs = [b - a + shape.start_steps for a, b in found]
+    busiest = max(
+        sum(costs[worker] for worker in hand) for hand in partition.dealt(count, batch.programs)
+    )
+    assert busiest < 1.2 * sum(costs) / batch.programs
+
+
 def test_keys_that_are_still_to_be_written_are_told_from_committed_ones() -> None:
     """To a part of a chain the parts before it are prefix, which its own forward computes."""
     prefix, parts, rows = 21, 3, 10
