@@ -40,6 +40,7 @@ from specdec.kernels.worklist import (
     STEP,
     STEPS,
     STOP,
+    TAKES,
     TILE0,
     TILES,
     TOKENS,
@@ -276,6 +277,7 @@ def _attend_kernel(
         start = tl.load(at + START)
         steps = tl.load(at + STEPS)
         blocks = tl.load(at + BLOCKS)
+        takes = tl.load(at + TAKES)
         row0 = tl.load(at + FIRST_ROW)
         tokens = tl.load(at + TOKENS)
         owner = tl.load(at + OWNER)
@@ -295,8 +297,10 @@ def _attend_kernel(
             column = (step - start) // steps
             begin = step - start - column * steps
             end = tl.minimum(steps, begin + stop - step)
-            head = column // blocks
-            block = column - head * blocks
+            # See `worklist` for the order of columns.
+            across = takes > 1
+            block = tl.where(across, column // (HQ // G), column % blocks)
+            head = tl.where(across, column % (HQ // G), column // blocks)
 
             packed = block * BLOCK_M + block_rows
             row = row0 + packed // G

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from specdec.kernels.hopper_fetch import PART_N, loose_tiles, next_stage
+from specdec.kernels.hopper_fetch import PART_N, loose_tiles, next_stage, place_of
 from specdec.kernels.merge import FRACTION, LN2, LOG2E, NEVER
 from specdec.kernels.worklist import (
     ALONE,
@@ -38,6 +38,7 @@ from specdec.kernels.worklist import (
     STEP,
     STEPS,
     STOP,
+    TAKES,
     TILES,
     TOKENS,
     WORKER_FIELDS,
@@ -88,6 +89,7 @@ def compute(
         start = gl.load(at + START)
         steps = gl.load(at + STEPS)
         blocks = gl.load(at + BLOCKS)
+        takes = gl.load(at + TAKES)
         row0 = gl.load(at + FIRST_ROW)
         tokens = gl.load(at + TOKENS)
         tiles = gl.load(at + TILES)
@@ -100,8 +102,8 @@ def compute(
             column = (step - start) // steps
             begin = step - start - column * steps
             end = gl.minimum(steps, begin + stop - step)
-            head = column // blocks
-            packed0 = (column - head * blocks) * BLOCK_M + GROUP * M
+            block, head = place_of(column, blocks, takes, HQ // G)
+            packed0 = block * BLOCK_M + GROUP * M
             loose_begin, loose_end = loose_tiles(begin, end, tiles, loose, PARTS, LOOSE_STEPS)
             looks = loose_begin < loose_end
             first_key = key0 + loose_begin * PART_N

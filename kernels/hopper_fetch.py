@@ -32,6 +32,7 @@ from specdec.kernels.worklist import (
     STEP,
     STEPS,
     STOP,
+    TAKES,
     TILE0,
     TILES,
     TOKENS,
@@ -55,7 +56,7 @@ def fetch(
     K, V, K_TILES, V_TILES, k_ring, v_ring, full, free,
     Q, HEADER, WORKER_TABLE, TABLE, KEY_SLOTS, table_width,
     q_row, q_head, k_token, k_head, v_token, v_head,
-    G: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, PAGE: gl.constexpr,
+    HQ: gl.constexpr, G: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, PAGE: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     LOOSE_STEPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -74,6 +75,7 @@ def fetch(
         start = gl.load(at + START)
         steps = gl.load(at + STEPS)
         blocks = gl.load(at + BLOCKS)
+        takes = gl.load(at + TAKES)
         row0 = gl.load(at + FIRST_ROW)
         tokens = gl.load(at + TOKENS)
         table = TABLE + gl.load(at + OWNER).to(gl.int64) * table_width
@@ -87,7 +89,7 @@ def fetch(
             column = (step - start) // steps
             begin = step - start - column * steps
             end = gl.minimum(steps, begin + stop - step)
-            head = column // blocks
+            block, head = place_of(column, blocks, takes, HQ // G)
             first = tile0 + gl.minimum(begin, tiles)
             last = tile0 + gl.minimum(end, tiles)
             loose_begin, loose_end = loose_tiles(begin, end, tiles, loose, PARTS, LOOSE_STEPS)
@@ -118,7 +120,7 @@ def fetch(
                 stage, phase = next_stage(stage, phase, STAGES)
             if (worker < programs) & (step == entry):
                 lane = gl.arange(0, 128, layout=LANES)
-                packed = (column - head * blocks) * BLOCK_M + lane
+                packed = block * BLOCK_M + lane
                 row = (row0 + packed // G).to(gl.int64)
                 mine = (lane < BLOCK_M) & (packed < tokens * G)
                 _ask(Q, row * q_row + (head * G + packed % G) * q_head, mine, DK)
@@ -156,6 +158,15 @@ def fetch(
             step += end - begin
         worker = 2 * programs * (worker // programs + 1) - 1 - worker
         worker = gl.where(worker < workers, worker, -1)
+
+
+@gluon.jit
+def place_of(column, blocks, takes, HEADS: gl.constexpr):
+    """The block of rows and the key/value head of a column, see `worklist`."""
+    across = takes > 1
+    block = gl.where(across, column // HEADS, column % blocks)
+    head = gl.where(across, column % HEADS, column // blocks)
+    return block, head
 
 
 @gluon.jit

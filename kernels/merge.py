@@ -27,6 +27,7 @@ from specdec.kernels.worklist import (
     PIECES,
     SLOT0,
     STEPS,
+    TAKES,
     Schedule,
 )
 
@@ -113,7 +114,13 @@ def _merge_kernel(
         while tl.max(inside.to(tl.int32), 0) > 0:
             steps = tl.load(at + STEPS, mask=inside, other=0)
             packed = (row - tl.load(at + FIRST_ROW, mask=inside, other=0)) * G + head % G
-            column = head // G * tl.load(at + BLOCKS, mask=inside, other=0) + packed // BLOCK_M
+            blocks = tl.load(at + BLOCKS, mask=inside, other=0)
+            across = tl.load(at + TAKES, mask=inside, other=1) > 1
+            column = tl.where(
+                across,
+                packed // BLOCK_M * (HQ // G) + head // G,
+                head // G * blocks + packed // BLOCK_M,
+            )
             count = tl.where(steps > 0, tl.load(at + PIECES, mask=inside, other=0), 0)
             slot = tl.load(at + SLOT0, mask=inside, other=0) + column * count
             alone = tl.load(at + ALONE, mask=inside, other=0)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.cuts import cdiv, cost_of, even_cuts, first_workers, workers_of
+from specdec.kernels.cuts import cdiv, even_cuts, first_workers, workers_of
 from specdec.kernels.partition import CHUNK, EVEN_MODES, MODES, Mode
 from specdec.kernels.prefix_tree import over, pick, prefix_tree
 from specdec.kernels.worklist import (
@@ -266,17 +266,21 @@ def _items(
 
     inner_columns = inner_blocks * kv_heads
     leaf_columns = leaf_blocks * kv_heads
+    steps, columns = tl.join(inner_steps, leaf_steps), tl.join(inner_columns, leaf_columns)
     if (MODE == SEQUENCE_MODE) | (MODE == FLATTEN) | (MODE == AUTO):
-        inner_pieces, inner_takes, leaf_pieces, leaf_takes = even_cuts(
-            inner_steps, inner_columns, leaf_steps, leaf_columns, programs, start_steps, SCRATCH, B
-        )
+        pieces, takes = even_cuts(steps, columns, programs, start_steps, SCRATCH, B)
     else:
-        one = tl.full([B], 1, tl.int32)
-        inner_pieces, inner_takes, leaf_pieces, leaf_takes = one, one, one, one
-        if MODE != NODE:
-            inner_pieces = cdiv(inner_steps, chunk)
+        leaf = tl.arange(0, 2)[None, :] > 0
+        takes = tl.full([B, 2], 1, tl.int32)
+        pieces = takes
         if MODE == NODE_CHUNK:
-            leaf_pieces = cdiv(leaf_steps, chunk)
+            pieces = cdiv(steps, chunk)
+        elif MODE != NODE:
+            pieces = tl.where(leaf, 1, cdiv(steps, chunk))
+    worker0 = first_workers(steps, columns, pieces, takes, start_steps, SCRATCH, B)
+    inner_worker0, leaf_worker0 = tl.split(worker0)
+    inner_pieces, leaf_pieces = tl.split(pieces)
+    inner_takes, leaf_takes = tl.split(takes)
 
     inner_work, leaf_work = inner_steps * inner_columns, leaf_steps * leaf_columns
     inner_start = tl.cumsum(inner_work, 0) - inner_work
@@ -284,21 +288,11 @@ def _items(
     inner_slots, leaf_slots = inner_pieces * inner_columns, leaf_pieces * leaf_columns
     inner_slot0 = tl.cumsum(inner_slots, 0) - inner_slots
     leaf_slot0 = tl.sum(inner_slots, 0) + tl.cumsum(leaf_slots, 0) - leaf_slots
-    inner_workers = workers_of(inner_columns, inner_pieces, inner_takes)
-    leaf_workers = workers_of(leaf_columns, leaf_pieces, leaf_takes)
-    inner_worker0, leaf_worker0 = first_workers(
-        cost_of(inner_steps, inner_pieces, inner_takes, start_steps),
-        inner_workers,
-        cost_of(leaf_steps, leaf_pieces, leaf_takes, start_steps),
-        leaf_workers,
-        SCRATCH,
-        B,
-    )
     inner_alone = ((above < 0) & (absorbs > 0) & (leaves == 0)).to(tl.int32)
     leaf_alone = (leaf_above < 0).to(tl.int32)
     partials = tl.sum(tl.where((inner_pieces > 1) | (inner_alone == 0), inner_slots, 0), 0)
     partials += tl.sum(tl.where((leaf_pieces > 1) | (leaf_alone == 0), leaf_slots, 0), 0)
-    tl.store(HEADER + WORKERS, tl.sum(inner_workers, 0) + tl.sum(leaf_workers, 0))
+    tl.store(HEADER + WORKERS, tl.sum(workers_of(columns, pieces, takes)))
     tl.store(HEADER + PARTIALS, partials)
 
     at = ITEMS + k * ITEM_FIELDS

@@ -110,9 +110,13 @@ def _programs(tiling: Tiling, processors: int, blocks: int, prefix: int, *, few:
     sooner.
     """
     room = processors * tiling.ctas
-    if tiling.block_m == 64 and few and (blocks == 1 or blocks * prefix <= 4 * SHORT):
-        return min(room, processors * 4 // 3 if blocks == 1 else processors)
-    return room
+    if tiling.block_m != 64 or not few:
+        return room
+    if blocks == 1:
+        return min(room, processors * 4 // 3)
+    if blocks * prefix <= (2 if tiling.roles else 4) * SHORT:
+        return min(room, processors)
+    return min(room, processors * 3 // 2) if tiling.roles and blocks < 4 else room
 
 
 def _copied_by_roles(query: Tensor, keys: Tensor, values: Tensor) -> bool:

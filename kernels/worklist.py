@@ -7,6 +7,10 @@ by item, column by column; a *worker* takes an interval of them, some columns of
 of one. A *piece* is what a worker does of a column. Where that is not all there is for its rows, it
 leaves a partial result in the slot of its number; pieces are numbered as steps are.
 
+Columns are numbered head by head, so that neighbouring programs read the same keys for several
+blocks of rows. Where workers take several columns, they are numbered block by block: else a worker
+would read the same keys for one block after the other.
+
 Letters: B requests, R rows, W words of ancestor bits.
 """
 

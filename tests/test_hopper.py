@@ -124,8 +124,8 @@ def test_keys_that_the_launch_before_writes_are_waited_for() -> None:
 
     What writes them waits for something slow, so that attention is there before it.
     """
-    # A dense tile of the second part, keys 960 to 1023, holds four keys of the first. What writes so
-    # few rows leaves multiprocessors free for all programs of attention.
+    # A dense tile of the second part, keys 960 to 1023, holds four keys of the first. What writes
+    # so few rows leaves multiprocessors free for all programs of attention.
     data = Data(private(16, 1020, 1, tree="chain"), "cuda", torch.bfloat16, sets=1)
     pool, query, slots = data.pools[0], data.queries[0], data.plan.slots
     starts = torch.tensor([0, 8, 16], dtype=torch.int32, device="cuda")
