@@ -115,6 +115,6 @@ def even_cuts(steps, columns, programs, start_steps, SCRATCH, B: tl.constexpr):
         two = _least(steps, columns, 2 * programs, start_steps)
         pieces, takes = _cut(steps, columns, two, start_steps)
         first_workers(steps, columns, pieces, takes, start_steps, SCRATCH, B)
-        if 16 * _busiest(SCRATCH, programs, B) <= 15 * cost:
+        if 8 * _busiest(SCRATCH, programs, B) <= 7 * cost:
             cost = two
     return _cut(steps, columns, cost, start_steps)

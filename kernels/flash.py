@@ -40,7 +40,6 @@ from specdec.kernels.worklist import (
     STEP,
     STEPS,
     STOP,
-    TAKES,
     TILE0,
     TILES,
     TOKENS,
@@ -277,7 +276,7 @@ def _attend_kernel(
         start = tl.load(at + START)
         steps = tl.load(at + STEPS)
         blocks = tl.load(at + BLOCKS)
-        takes = tl.load(at + TAKES)
+        inner = tl.where(blocks > 0, blocks, HQ // G)
         row0 = tl.load(at + FIRST_ROW)
         tokens = tl.load(at + TOKENS)
         owner = tl.load(at + OWNER)
@@ -297,10 +296,8 @@ def _attend_kernel(
             column = (step - start) // steps
             begin = step - start - column * steps
             end = tl.minimum(steps, begin + stop - step)
-            # See `worklist` for the order of columns.
-            across = takes > 1
-            block = tl.where(across, column // (HQ // G), column % blocks)
-            head = tl.where(across, column % (HQ // G), column // blocks)
+            major, minor = column // inner, column % inner  # see `worklist` for their order
+            head, block = tl.where(blocks > 0, major, minor), tl.where(blocks > 0, minor, major)
 
             packed = block * BLOCK_M + block_rows
             row = row0 + packed // G
@@ -454,9 +451,12 @@ def _attend_kernel(
                 at_part = PART + line[:, None].to(tl.int64) * DV + v_dims[None, :]
                 tl.store(at_part, left, mask=real[:, None] & (v_dims[None, :] < DV))
             step += end - begin
-        # Backwards and forwards: who had a costly one gets a cheap one, see `partition.dealt`.
-        worker = 2 * programs * (worker // programs + 1) - 1 - worker
-        worker = tl.where(worker < workers, worker, -1)
+        # Backwards, then forwards: who had a costly one gets a cheap one, see `partition.dealt`.
+        if workers > programs:
+            worker = 2 * programs * (worker // programs + 1) - 1 - worker
+            worker = tl.where(worker < workers, worker, -1)
+        else:
+            worker = -1
 
 
 def tree_attention(

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from specdec.kernels.hopper_fetch import PART_N, loose_tiles, next_stage, place_of
+from specdec.kernels.hopper_fetch import PART_N, loose_tiles, next_stage, next_worker, place_of
 from specdec.kernels.merge import FRACTION, LN2, LOG2E, NEVER
 from specdec.kernels.worklist import (
     ALONE,
@@ -38,7 +38,6 @@ from specdec.kernels.worklist import (
     STEP,
     STEPS,
     STOP,
-    TAKES,
     TILES,
     TOKENS,
     WORKER_FIELDS,
@@ -78,7 +77,6 @@ def compute(
 
     if GROUP == 1:
         _give_turn(GROUP)
-    programs = gl.num_programs(0)
     workers = gl.load(HEADER + WORKERS)
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     worker = gl.program_id(0)
@@ -89,7 +87,6 @@ def compute(
         start = gl.load(at + START)
         steps = gl.load(at + STEPS)
         blocks = gl.load(at + BLOCKS)
-        takes = gl.load(at + TAKES)
         row0 = gl.load(at + FIRST_ROW)
         tokens = gl.load(at + TOKENS)
         tiles = gl.load(at + TILES)
@@ -102,7 +99,7 @@ def compute(
             column = (step - start) // steps
             begin = step - start - column * steps
             end = gl.minimum(steps, begin + stop - step)
-            block, head = place_of(column, blocks, takes, HQ // G)
+            block, head = place_of(column, blocks, HQ // G)
             packed0 = block * BLOCK_M + GROUP * M
             loose_begin, loose_end = loose_tiles(begin, end, tiles, loose, PARTS, LOOSE_STEPS)
             looks = loose_begin < loose_end
@@ -233,8 +230,7 @@ def compute(
                 line = slot * BLOCK_M + GROUP * M + rows
                 _store(PART, q_held, left, line, in_all < tokens * G, OUT_LINES)
             step += end - begin
-        worker = 2 * programs * (worker // programs + 1) - 1 - worker
-        worker = gl.where(worker < workers, worker, -1)
+        worker = next_worker(worker, workers)
 
 
 @gluon.jit

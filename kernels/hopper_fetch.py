@@ -32,7 +32,6 @@ from specdec.kernels.worklist import (
     STEP,
     STEPS,
     STOP,
-    TAKES,
     TILE0,
     TILES,
     TOKENS,
@@ -75,7 +74,6 @@ def fetch(
         start = gl.load(at + START)
         steps = gl.load(at + STEPS)
         blocks = gl.load(at + BLOCKS)
-        takes = gl.load(at + TAKES)
         row0 = gl.load(at + FIRST_ROW)
         tokens = gl.load(at + TOKENS)
         table = TABLE + gl.load(at + OWNER).to(gl.int64) * table_width
@@ -89,7 +87,7 @@ def fetch(
             column = (step - start) // steps
             begin = step - start - column * steps
             end = gl.minimum(steps, begin + stop - step)
-            block, head = place_of(column, blocks, takes, HQ // G)
+            block, head = place_of(column, blocks, HQ // G)
             first = tile0 + gl.minimum(begin, tiles)
             last = tile0 + gl.minimum(end, tiles)
             loose_begin, loose_end = loose_tiles(begin, end, tiles, loose, PARTS, LOOSE_STEPS)
@@ -156,17 +154,28 @@ def fetch(
                 mbarrier.arrive(full.index(stage))
                 stage, phase = next_stage(stage, phase, STAGES)
             step += end - begin
-        worker = 2 * programs * (worker // programs + 1) - 1 - worker
-        worker = gl.where(worker < workers, worker, -1)
+        worker = next_worker(worker, workers)
 
 
 @gluon.jit
-def place_of(column, blocks, takes, HEADS: gl.constexpr):
+def next_worker(worker, workers):
+    """The one that is dealt next to who had `worker`, or -1; see `partition.dealt`."""
+    programs = gl.num_programs(0)
+    if workers > programs:
+        worker = 2 * programs * (worker // programs + 1) - 1 - worker
+        worker = gl.where(worker < workers, worker, -1)
+    else:
+        worker = -1
+    return worker
+
+
+@gluon.jit
+def place_of(column, blocks, HEADS: gl.constexpr):
     """The block of rows and the key/value head of a column, see `worklist`."""
-    across = takes > 1
-    block = gl.where(across, column // HEADS, column % blocks)
-    head = gl.where(across, column % HEADS, column // blocks)
-    return block, head
+    inner = gl.where(blocks > 0, blocks, HEADS)
+    major = column // inner
+    minor = column - major * inner
+    return gl.where(blocks > 0, minor, major), gl.where(blocks > 0, major, minor)
 
 
 @gluon.jit

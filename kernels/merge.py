@@ -27,7 +27,6 @@ from specdec.kernels.worklist import (
     PIECES,
     SLOT0,
     STEPS,
-    TAKES,
     Schedule,
 )
 
@@ -115,12 +114,8 @@ def _merge_kernel(
             steps = tl.load(at + STEPS, mask=inside, other=0)
             packed = (row - tl.load(at + FIRST_ROW, mask=inside, other=0)) * G + head % G
             blocks = tl.load(at + BLOCKS, mask=inside, other=0)
-            across = tl.load(at + TAKES, mask=inside, other=1) > 1
-            column = tl.where(
-                across,
-                packed // BLOCK_M * (HQ // G) + head // G,
-                head // G * blocks + packed // BLOCK_M,
-            )
+            block, kv_head = packed // BLOCK_M, head // G
+            column = tl.where(blocks > 0, kv_head * blocks + block, block * (HQ // G) + kv_head)
             count = tl.where(steps > 0, tl.load(at + PIECES, mask=inside, other=0), 0)
             slot = tl.load(at + SLOT0, mask=inside, other=0) + column * count
             alone = tl.load(at + ALONE, mask=inside, other=0)

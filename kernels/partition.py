@@ -264,7 +264,7 @@ def even_cuts(work: Sequence[tuple[int, int]], shape: Shape) -> list[tuple[int, 
         cost = longest
     if needed(cost) <= programs:
         two = least(2)
-        if 16 * _busiest(each(two), programs) <= 15 * cost:
+        if 8 * _busiest(each(two), programs) <= 7 * cost:
             cost = two
     return cut(cost)
 

@@ -298,7 +298,7 @@ def _items(
     at = ITEMS + k * ITEM_FIELDS
     tl.store(at + START, inner_start)
     tl.store(at + STEPS, inner_steps)
-    tl.store(at + BLOCKS, inner_blocks)
+    tl.store(at + BLOCKS, tl.where(inner_takes > 1, -inner_blocks, inner_blocks))
     tl.store(at + FIRST_ROW, inner_row0)
     tl.store(at + TOKENS, inner_tokens)
     tl.store(at + OWNER, inner_owner)
@@ -316,7 +316,7 @@ def _items(
     at = ITEMS + (B + k) * ITEM_FIELDS
     tl.store(at + START, leaf_start)
     tl.store(at + STEPS, leaf_steps)
-    tl.store(at + BLOCKS, leaf_blocks)
+    tl.store(at + BLOCKS, tl.where(leaf_takes > 1, -leaf_blocks, leaf_blocks))
     tl.store(at + FIRST_ROW, row0)
     tl.store(at + TOKENS, rows)
     tl.store(at + OWNER, sequence)
@@ -410,7 +410,7 @@ def _tables(
     # Workers.
     x = tl.arange(0, 2 * B)
     at = ITEMS + x * ITEM_FIELDS
-    columns = tl.load(at + BLOCKS) * HKV
+    columns = tl.abs(tl.load(at + BLOCKS)) * HKV
     firsts = tl.load(at + WORKER0)
     ends = firsts + workers_of(columns, tl.load(at + PIECES), tl.load(at + TAKES))
     own = (firsts[None, :] <= index[:, None]) & (index[:, None] < ends[None, :])
@@ -418,7 +418,7 @@ def _tables(
     item = tl.sum(tl.where(own, x[None, :], 0), 1)
     item_at = ITEMS + item * ITEM_FIELDS
     steps = tl.load(item_at + STEPS, mask=inside, other=1)
-    columns = tl.load(item_at + BLOCKS, mask=inside, other=0) * HKV
+    columns = tl.abs(tl.load(item_at + BLOCKS, mask=inside, other=0)) * HKV
     pieces = tl.load(item_at + PIECES, mask=inside, other=1)
     takes = tl.load(item_at + TAKES, mask=inside, other=1)
     nth = index - tl.load(item_at + WORKER0, mask=inside, other=0)

@@ -8,8 +8,8 @@ of one. A *piece* is what a worker does of a column. Where that is not all there
 leaves a partial result in the slot of its number; pieces are numbered as steps are.
 
 Columns are numbered head by head, so that neighbouring programs read the same keys for several
-blocks of rows. Where workers take several columns, they are numbered block by block: else a worker
-would read the same keys for one block after the other.
+blocks of rows. Where workers take several columns, they are numbered block by block, all heads of
+one before the next: else a worker would read the same keys for one block after the other.
 
 Letters: B requests, R rows, W words of ancestor bits.
 """
@@ -30,7 +30,7 @@ REQUEST_FIELDS = tl.constexpr(8)
 # Columns of the item table.
 START = tl.constexpr(0)  # first step
 STEPS = tl.constexpr(1)  # of each column
-BLOCKS = tl.constexpr(2)  # of block_m packed rows
+BLOCKS = tl.constexpr(2)  # of block_m packed rows; negative where columns are block by block
 FIRST_ROW = tl.constexpr(3)
 TOKENS = tl.constexpr(4)  # query tokens
 OWNER = tl.constexpr(5)  # the sequence whose page table is read

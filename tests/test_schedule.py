@@ -22,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXAMPLES = 60 if DEVICE == "cpu" else 20  # a GPU compiles for every window
 PAGE, BLOCK_M, BLOCK_N = 4, 4, 8
 FIELDS = ["START", "STEPS", "BLOCKS", "FIRST_ROW", "TOKENS", "OWNER", "TILE0", "TILES"]
-FIELDS += ["KEY0", "LOOSE", "TAKES", "STEP", "STOP"]
+FIELDS += ["KEY0", "LOOSE", "STEP", "STOP"]
 
 
 @dataclass
@@ -175,8 +175,9 @@ def pairs(built: Schedule, groups: int, kv_heads: int) -> Counter[tuple[int, int
         while step < get["STOP"]:
             column, begin = divmod(step - get["START"], get["STEPS"])
             end = min(get["STEPS"], begin + get["STOP"] - step)
-            head, block = divmod(column, get["BLOCKS"])
-            if get["TAKES"] > 1:
+            if get["BLOCKS"] > 0:
+                head, block = divmod(column, get["BLOCKS"])
+            else:
                 block, head = divmod(column, kv_heads)
             for m in range(block * BLOCK_M, (block + 1) * BLOCK_M):
                 if m >= get["TOKENS"] * groups:
