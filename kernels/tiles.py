@@ -60,6 +60,11 @@ def choose(
         if tiling is not None:
             if tiling == NARROW and max_rows > 16 and not causal:
                 tiling = replace(tiling, loose_steps=3)
+            columns = requests * triton.cdiv(max_rows * groups, 64) * kv_heads  # of the leaves
+            if shared:
+                few = blocks == 1 and columns <= processors
+            else:
+                few = columns <= processors // 4
             # In the end every multiprocessor should have had the same to read.
             few = few and max_prefix < LONG
             return tiling, _programs(tiling, processors, blocks, max_prefix, few=few)

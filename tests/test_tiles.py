@@ -102,5 +102,9 @@ def test_few_columns_take_fewer_programs() -> None:
     assert chosen(private(32, 2048, 1), gluon=True)[1] == 132
     assert chosen(private(32, 4096, 1), gluon=True)[1] == 198
     assert chosen(private(64, 2048, 1), gluon=True)[1] == 264
+    assert chosen(shared(1, 4096, 256, 8), gluon=True)[1] == 176
+    assert chosen(shared(1, 4096, 256, 32), gluon=True)[1] == 264
+    assert chosen(shared(1, 1024, 1024, 32, kv_heads=32), gluon=True)[1] == 264
+    assert chosen(private(8, 1024, 8), gluon=True)[1] == 264
     assert chosen(private(16, 16384, 1), gluon=True)[1] == 176
     assert chosen(private(16, 65536, 1), gluon=True)[1] == 264
