@@ -36,12 +36,6 @@ NEVER = tl.constexpr(float("-inf"))
 FRACTION = tl.constexpr(0x7FFFFF)  # of the bits of a float32
 ONE = tl.constexpr(0x3F800000)
 
-PROGRAMS = 16
-"""For each multiprocessor, at most: starting one costs more than having it take another turn."""
-
-FEWER = 8
-"""The same beside Hopper's kernel, which fetches the next keys while programs of the merge run."""
-
 
 @triton.jit
 def state_of(peak, total, largest):
@@ -182,8 +176,7 @@ def merge(
     programs = triton.cdiv(results, rows)
     if out.is_cuda:
         processors = torch.cuda.get_device_properties(out.device).multi_processor_count
-        most = FEWER if schedule.tiling.roles else PROGRAMS
-        programs = min(programs, most * processors)
+        programs = min(programs, schedule.tiling.merges * processors)
     _merge_kernel[(programs,)](
         out, states if lse is None else lse, part, states,
         schedule.header, schedule.items, schedule.rows,

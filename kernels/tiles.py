@@ -60,11 +60,12 @@ def choose(
         if tiling is not None:
             if tiling == NARROW and max_rows > 16 and not causal:
                 tiling = replace(tiling, loose_steps=3)
+            if requests > 1 and not shared:  # the next launch fetches keys while this one merges
+                tiling = replace(tiling, merges=8)
             columns = requests * triton.cdiv(max_rows * groups, 64) * kv_heads  # of the leaves
-            if shared:
-                few = blocks == 1 and columns <= processors
-            else:
-                few = columns <= processors // 4
+            few = columns <= processors // 4 and not shared
+            if shared and blocks == 1:  # more programs only make more partial results
+                few = columns <= processors
             # In the end every multiprocessor should have had the same to read.
             few = few and max_prefix < LONG
             return tiling, _programs(tiling, processors, blocks, max_prefix, few=few)

@@ -80,6 +80,7 @@ class Tiling:
     bulk: bool = False  # tiles are copied by the copy engine of Hopper and later (TMA)
     roles: bool = False  # warps share the work by role, see kernels/hopper.py
     bring: bool = False  # a program asks for what it needs first before it may read any of it
+    merges: int = 16  # programs of the merge for each multiprocessor, at most: each costs a start
 
 
 @dataclass(eq=False)

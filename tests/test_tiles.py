@@ -94,6 +94,18 @@ def test_what_hoppers_kernel_is_asked_for(case: Case, wanted: str) -> None:
     assert (tiling.block_m if tiling.roles else None) == rows
 
 
+def test_batches_that_share_nothing_leave_room_beside_the_merge() -> None:
+    """Hopper's kernel fetches the keys of the next call while this one merges."""
+    for case, merges in (
+        (private(16, 1024, 8), 8),
+        (private(64, 4096, 8), 8),
+        (private(128, 1024, 1), 16),
+        (shared(8, 4096, 256, 32), 16),
+    ):
+        assert chosen(case, gluon=True)[0].merges == merges, case
+    assert chosen(private(16, 1024, 8))[0].merges == 16
+
+
 def test_few_columns_take_fewer_programs() -> None:
     assert chosen(private(16, 4096, 1))[1] == 176
     assert chosen(private(64, 1024, 1))[1] == 132
