@@ -179,9 +179,10 @@ def workers(
     """The interval of steps of each worker: some whole columns of one item, or a part of a column.
 
     `node` gives each column to one worker; `node_chunk` cuts columns into chunks; `two_phase` cuts
-    those of shared nodes only. The others cut evenly, see `even_cuts`. Workers of costly items come
-    first, see `dealt`. Of an item that is cut, the first pieces of all columns come first: the last
-    ones, which are what is left, then fall to the programs that find room last.
+    those of shared nodes only. The others cut evenly, see `even_cuts`. If there are more workers
+    than programs, those of costly items come first, see `dealt`. Of an item that is cut, the first
+    pieces of all columns come first: the last ones, which are what is left, then fall to the
+    programs that find room last.
     """
     work = [(item.steps(requests, shape), item.columns(requests, shape)) for item in found]
     if mode in EVEN_MODES:
@@ -207,8 +208,10 @@ def workers(
             ]
         intervals.append(own)
         start += steps * columns
-    costs = [_each(*size, *cut, shape.start_steps) for size, cut in zip(work, cuts, strict=True)]
-    order = sorted(range(len(found)), key=lambda nth: -costs[nth][0])
+    each = [_each(*size, *cut, shape.start_steps) for size, cut in zip(work, cuts, strict=True)]
+    order = [*range(len(found))]
+    if sum(count for _, count in each) > shape.programs:
+        order.sort(key=lambda nth: -each[nth][0])
     return [interval for nth in order for interval in intervals[nth]]
 
 
@@ -230,8 +233,8 @@ def even_cuts(work: Sequence[tuple[int, int]], shape: Shape) -> list[tuple[int, 
     A worker costs its steps, and `start_steps` for each column that it begins. Every program gets
     one worker, whose cost is the least that leaves none over; or, where that costs about the same,
     several workers of one long column each, one after the other: then neighbours read the same
-    keys at the same time, and columns are not cut. Where items are so unlike that whole workers
-    leave programs idle, each gets two smaller ones, see `dealt`.
+    keys at the same time, and columns are not cut. Where items are so unlike that one worker for
+    each leaves programs idle for an eighth of the time, two smaller ones are dealt to each.
 
     Args:
         work: of each item, the steps of a column and its columns.
@@ -262,7 +265,8 @@ def even_cuts(work: Sequence[tuple[int, int]], shape: Shape) -> list[tuple[int, 
     longest = max(steps for steps, _ in work) + start
     if 16 * -(-needed(longest) // programs) * longest <= 17 * rounds * cost:
         cost = longest
-    if needed(cost) <= programs:
+    idle = 8 * (sum(s * c for s, c in work) // programs + start) <= 7 * cost
+    if idle and needed(cost) <= programs:
         two = least(2)
         if 8 * _busiest(each(two), programs) <= 7 * cost:
             cost = two
