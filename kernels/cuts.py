@@ -45,7 +45,7 @@ def _least(steps, columns, most, start_steps):
     """The least cost of a worker with which there are no more than `most`."""
     low = tl.maximum(cdiv(tl.sum(steps * columns), most), 1)
     high = low
-    found = low < 0  # whether `high` is enough
+    found = low < 0  # whether `high` is known to be enough: not yet
     while (found == 0) | (low < high):
         cost = tl.where(found, (low + high) // 2, high)
         enough = _needed(steps, columns, cost, start_steps) <= most
@@ -56,9 +56,7 @@ def _least(steps, columns, most, start_steps):
 
 
 @triton.jit
-def first_workers(
-    steps, columns, pieces, takes, start_steps, SCRATCH, B: tl.constexpr
-):  # fmt: skip
+def first_workers(steps, columns, pieces, takes, start_steps, SCRATCH, B: tl.constexpr):
     """The number of each item's first worker: those of costly items come first.
 
     Leaves in `SCRATCH` the costs of workers that are not a last one, how many each item has, and

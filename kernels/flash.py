@@ -192,6 +192,17 @@ def _soften(peak, total, scores, factor, PARTS: tl.constexpr, MASKED: tl.constex
     return new, total * fade + tl.sum(added, 1), fade, weights
 
 
+@triton.jit
+def next_worker(worker, workers, programs):
+    """The one that is dealt next to the program that had `worker`, or -1; see `partition.dealt`."""
+    if workers > programs:
+        worker = 2 * programs * (worker // programs + 1) - 1 - worker
+        worker = tl.where(worker < workers, worker, -1)
+    else:
+        worker = -1
+    return worker
+
+
 @triton.jit(do_not_specialize=["table_width", "fresh"])
 def _attend_kernel(
     Q,
@@ -276,7 +287,7 @@ def _attend_kernel(
         start = tl.load(at + START)
         steps = tl.load(at + STEPS)
         blocks = tl.load(at + BLOCKS)
-        inner = tl.where(blocks > 0, blocks, HQ // G)
+        run = tl.where(blocks > 0, blocks, HQ // G)
         row0 = tl.load(at + FIRST_ROW)
         tokens = tl.load(at + TOKENS)
         owner = tl.load(at + OWNER)
@@ -296,7 +307,7 @@ def _attend_kernel(
             column = (step - start) // steps
             begin = step - start - column * steps
             end = tl.minimum(steps, begin + stop - step)
-            major, minor = column // inner, column % inner  # see `worklist` for their order
+            major, minor = column // run, column % run  # see `worklist` for their order
             head, block = tl.where(blocks > 0, major, minor), tl.where(blocks > 0, minor, major)
 
             packed = block * BLOCK_M + block_rows
@@ -451,12 +462,7 @@ def _attend_kernel(
                 at_part = PART + line[:, None].to(tl.int64) * DV + v_dims[None, :]
                 tl.store(at_part, left, mask=real[:, None] & (v_dims[None, :] < DV))
             step += end - begin
-        # Backwards, then forwards: who had a costly one gets a cheap one, see `partition.dealt`.
-        if workers > programs:
-            worker = 2 * programs * (worker // programs + 1) - 1 - worker
-            worker = tl.where(worker < workers, worker, -1)
-        else:
-            worker = -1
+        worker = next_worker(worker, workers, programs)
 
 
 def tree_attention(

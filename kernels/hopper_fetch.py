@@ -159,7 +159,7 @@ def fetch(
 
 @gluon.jit
 def next_worker(worker, workers):
-    """The one that is dealt next to who had `worker`, or -1; see `partition.dealt`."""
+    """See `flash.next_worker`."""
     programs = gl.num_programs(0)
     if workers > programs:
         worker = 2 * programs * (worker // programs + 1) - 1 - worker
@@ -172,9 +172,9 @@ def next_worker(worker, workers):
 @gluon.jit
 def place_of(column, blocks, HEADS: gl.constexpr):
     """The block of rows and the key/value head of a column, see `worklist`."""
-    inner = gl.where(blocks > 0, blocks, HEADS)
-    major = column // inner
-    minor = column - major * inner
+    run = gl.where(blocks > 0, blocks, HEADS)
+    major = column // run
+    minor = column - major * run
     return gl.where(blocks > 0, minor, major), gl.where(blocks > 0, major, minor)
 
 

@@ -195,7 +195,7 @@ def _shape(results: int, pieces: int, width: int, *, known: bool) -> tuple[int, 
         results: rows times heads.
         pieces: of a column, at least.
         width: head dim, rounded up to a power of two.
-        known: whether there are hardly more pieces than that.
+        known: whether there are hardly more pieces than that, if none has two rounds of workers.
     """
     pieces = min(32, triton.next_power_of_2(max(1, pieces)))
     rows = 2 if results >= 512 and pieces <= (8 if width > 64 else 32) else 1

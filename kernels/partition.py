@@ -7,9 +7,9 @@ A prefix is read in *tiles* of `block_n` keys. A *dense* tile lies in the prefix
 below it sees all of it; what is left of a prefix and the tree behind it are *loose* keys, tested
 one by one. An *item* is one node of the prefix tree: the tiles that exactly some neighbouring
 requests share, for all of their rows. Rows are query tokens times `groups`, cut into blocks of
-`block_m`. A *column* is one block of rows against all keys of its item, for one key/value head; its
-*steps* are numbered on from those of the column before, and a *worker* takes an interval of them:
-some columns of one item, or a part of a column.
+`block_m`. A *column* is one block of rows against all keys of its item, for one key/value head
+(`worklist` says in which order); its *steps* are numbered on from those of the column before, and a
+*worker* takes an interval of them: some columns of one item, or a part of a column.
 """
 
 from __future__ import annotations
@@ -233,8 +233,9 @@ def even_cuts(work: Sequence[tuple[int, int]], shape: Shape) -> list[tuple[int, 
     A worker costs its steps, and `start_steps` for each column that it begins. Every program gets
     one worker, whose cost is the least that leaves none over; or, where that costs about the same,
     several workers of one long column each, one after the other: then neighbours read the same
-    keys at the same time, and columns are not cut. Where items are so unlike that one worker for
-    each leaves programs idle for an eighth of the time, two smaller ones are dealt to each.
+    keys at the same time, and columns are not cut. Where items are so unlike, or columns go into
+    programs so badly, that one worker for each leaves some idle for an eighth of the time, two
+    smaller ones are dealt to each.
 
     Args:
         work: of each item, the steps of a column and its columns.

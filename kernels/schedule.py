@@ -419,8 +419,8 @@ def _tables(
     firsts = tl.load(at + WORKER0)
     ends = firsts + workers_of(columns, tl.load(at + PIECES), tl.load(at + TAKES))
     own = (firsts[None, :] <= index[:, None]) & (index[:, None] < ends[None, :])
-    inside = tl.max(own.to(tl.int32), 1) > 0
-    item = tl.sum(tl.where(own, x[None, :], 0), 1)
+    item = tl.max(tl.where(own, x[None, :], -1), 1)
+    inside = item >= 0
     item_at = ITEMS + item * ITEM_FIELDS
     steps = tl.load(item_at + STEPS, mask=inside, other=1)
     columns = tl.abs(tl.load(item_at + BLOCKS, mask=inside, other=0)) * HKV

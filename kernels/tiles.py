@@ -62,7 +62,8 @@ def choose(
                 tiling = replace(tiling, loose_steps=3)
             if requests > 1 and not shared:  # the next launch fetches keys while this one merges
                 tiling = replace(tiling, merges=8)
-            columns = requests * triton.cdiv(max_rows * groups, 64) * kv_heads  # of the leaves
+            # Of the leaves; where requests have unlike numbers of rows, at least.
+            columns = max(requests * triton.cdiv(max_rows * groups, 64), blocks) * kv_heads
             few = columns <= processors // 4 and not shared
             if shared and blocks == 1:  # more programs only make more partial results
                 few = columns <= processors

@@ -14,7 +14,11 @@ from specdec.bits import ancestor_bits, ancestor_words
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from specdec.kernels import partition, schedule, worklist
+from specdec.kernels.flash import next_worker
 from specdec.kernels.partition import MODES, Mode
 from specdec.kernels.worklist import Schedule, Tiling
 
@@ -110,6 +114,8 @@ def test_items_and_workers_are_those_of_the_reference(
     found: Counter[tuple[int, ...]] = Counter()
     for row in built.items.tolist():
         if row[worklist.STEPS.value]:
+            block_by_block = row[worklist.BLOCKS.value] < 0
+            assert block_by_block == (row[worklist.TAKES.value] > 1), "or keys are read twice"
             fields = ("OWNER", "FIRST_ROW", "TOKENS", "TILE0", "TILES", "LOOSE")
             values = tuple(row[getattr(worklist, field).value] for field in fields)
             found[values if values[4] else (*values[:3], -1, *values[4:])] += 1
@@ -209,6 +215,25 @@ def test_the_busiest_program_is_known(each: list[tuple[int, int]], programs: int
     assert sorted(worker for hand in hands for worker in hand) == [*range(len(costs))]
     most = max(sum(costs[worker] for worker in hand) for hand in hands)
     assert partition._busiest(each, programs) == most
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _hands(OUT, workers, TURNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which workers a program has, one after the other, as the kernel finds them."""
+    worker = tl.program_id(0)
+    for turn in range(TURNS):
+        if worker >= 0:
+            tl.store(OUT + tl.program_id(0) * TURNS + turn, worker)
+            worker = next_worker(worker, workers, tl.num_programs(0))
+
+
+@pytest.mark.parametrize("workers", [3, 5, 8, 10, 14, 21])
+def test_the_kernel_deals_as_the_reference_does(workers: int) -> None:
+    programs, turns = 5, 6
+    found = torch.full((programs, turns), -1, dtype=torch.int32, device=DEVICE)
+    _hands[(programs,)](found, workers, TURNS=turns)
+    hands = [[w for w in row if 0 <= w < workers] for row in found.tolist()]
+    assert hands == partition.dealt(workers, programs)
 
 
 @pytest.mark.parametrize("mode", ["sequence", "auto"])
