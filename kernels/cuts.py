@@ -9,6 +9,9 @@ for itself.
 import triton
 import triton.language as tl
 
+SOME = tl.constexpr(16)
+"""Items that are compared with all others at a time: all would not fit in registers."""
+
 
 @triton.jit
 def cdiv(a, b):
@@ -62,7 +65,6 @@ def first_workers(steps, columns, pieces, takes, start_steps, SCRATCH, B: tl.con
     Leaves in `SCRATCH` the costs of workers that are not a last one, how many each item has, and
     these numbers.
     """
-    SOME: tl.constexpr = 16  # rows of the comparison at a time: all would not fit in registers
     whole = takes * (steps + start_steps)
     cost = tl.where(pieces > 1, cdiv(steps, pieces) + start_steps, whole)
     place = SCRATCH + tl.arange(0, B)[:, None] + B * tl.arange(0, 2)[None, :]
@@ -84,7 +86,6 @@ def first_workers(steps, columns, pieces, takes, start_steps, SCRATCH, B: tl.con
 @triton.jit
 def _busiest(SCRATCH, programs, B: tl.constexpr):
     """See `partition._busiest`, from what `first_workers` left."""
-    SOME: tl.constexpr = 16
     item = tl.arange(0, 2 * B)
     cost, first = tl.load(SCRATCH + item)[None, :], tl.load(SCRATCH + 4 * B + item)[None, :]
     end = first + tl.load(SCRATCH + 2 * B + item)[None, :]
@@ -109,8 +110,7 @@ def even_cuts(steps, columns, programs, start_steps, SCRATCH, B: tl.constexpr):
     few = _needed(steps, columns, longest, start_steps)
     if 16 * cdiv(few, programs) * longest <= 17 * rounds * cost:
         cost = longest
-    idle = 8 * (tl.sum(work) // programs + start_steps) <= 7 * cost
-    if idle & (_needed(steps, columns, cost, start_steps) <= programs):
+    if _needed(steps, columns, cost, start_steps) <= programs:
         two = _least(steps, columns, 2 * programs, start_steps)
         pieces, takes = _cut(steps, columns, two, start_steps)
         first_workers(steps, columns, pieces, takes, start_steps, SCRATCH, B)

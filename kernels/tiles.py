@@ -52,8 +52,6 @@ def choose(
     groups = query.shape[1] // kv_heads
     requests = len(query) // max(1, max_rows)
     blocks = triton.cdiv(len(query) * groups, 64)
-    several = blocks if max_rows * groups > 16 else requests  # blocks of 16 rows hold one each
-    few = several * kv_heads <= processors // 4 and not shared
     measured = not causal or max_rows <= 64
     if gluon and measured and _copied_by_roles(query, keys, values):
         tiling = by_roles(len(query) * groups, max_rows * groups, kv_heads, max_prefix)
@@ -64,12 +62,14 @@ def choose(
                 tiling = replace(tiling, merges=8)
             # Of the leaves; where requests have unlike numbers of rows, at least.
             columns = max(requests * triton.cdiv(max_rows * groups, 64), blocks) * kv_heads
-            few = columns <= processors // 4 and not shared
-            if shared and blocks == 1:  # more programs only make more partial results
-                few = columns <= processors
+            # A shared block is cut for all programs: more only make more partial results.
+            most = processors if shared else processors // 4
+            few = columns <= most and (blocks == 1 or not shared)
             # In the end every multiprocessor should have had the same to read.
             few = few and max_prefix < LONG
             return tiling, _programs(tiling, processors, blocks, max_prefix, few=few)
+    several = blocks if max_rows * groups > 16 else requests  # blocks of 16 rows hold one each
+    few = several * kv_heads <= processors // 4 and not shared
     width = max(triton.next_power_of_2(keys.shape[3]), triton.next_power_of_2(values.shape[3]))
     element = query.element_size()
     rows = len(query) if shared else max_rows
