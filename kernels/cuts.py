@@ -110,7 +110,8 @@ def even_cuts(steps, columns, programs, start_steps, SCRATCH, B: tl.constexpr):
     few = _needed(steps, columns, longest, start_steps)
     if 16 * cdiv(few, programs) * longest <= 17 * rounds * cost:
         cost = longest
-    if _needed(steps, columns, cost, start_steps) <= programs:
+    idle = 8 * (tl.sum(work) // programs + start_steps) <= 7 * cost
+    if idle & (_needed(steps, columns, cost, start_steps) <= programs):
         two = _least(steps, columns, 2 * programs, start_steps)
         pieces, takes = _cut(steps, columns, two, start_steps)
         first_workers(steps, columns, pieces, takes, start_steps, SCRATCH, B)

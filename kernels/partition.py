@@ -179,9 +179,10 @@ def workers(
     """The interval of steps of each worker: some whole columns of one item, or a part of a column.
 
     `node` gives each column to one worker; `node_chunk` cuts columns into chunks; `two_phase` cuts
-    those of shared nodes only. The others cut evenly, see `even_cuts`. Workers of costly items come
-    first, see `dealt`. Of an item that is cut, the first pieces of all columns come first: the last
-    ones, which are what is left, then fall to the programs that find room last.
+    those of shared nodes only. The others cut evenly, see `even_cuts`. If there are more workers
+    than programs, those of costly items come first, see `dealt`. Of an item that is cut, the first
+    pieces of all columns come first: the last ones, which are what is left, then fall to the
+    programs that find room last.
     """
     work = [(item.steps(requests, shape), item.columns(requests, shape)) for item in found]
     if mode in EVEN_MODES:
@@ -208,7 +209,9 @@ def workers(
         intervals.append(own)
         start += steps * columns
     each = [_each(*size, *cut, shape.start_steps) for size, cut in zip(work, cuts, strict=True)]
-    order = sorted(range(len(found)), key=lambda nth: -each[nth][0])
+    order = [*range(len(found))]
+    if sum(count for _, count in each) > shape.programs:
+        order.sort(key=lambda nth: -each[nth][0])
     return [interval for nth in order for interval in intervals[nth]]
 
 
@@ -263,7 +266,8 @@ def even_cuts(work: Sequence[tuple[int, int]], shape: Shape) -> list[tuple[int, 
     longest = max(steps for steps, _ in work) + start
     if 16 * -(-needed(longest) // programs) * longest <= 17 * rounds * cost:
         cost = longest
-    if needed(cost) <= programs:
+    idle = 8 * (sum(s * c for s, c in work) // programs + start) <= 7 * cost
+    if idle and needed(cost) <= programs:
         two = least(2)
         if 8 * _busiest(each(two), programs) <= 7 * cost:
             cost = two

@@ -277,8 +277,13 @@ def _items(
             pieces = cdiv(steps, chunk)
         elif MODE != NODE:
             pieces = tl.where(leaf, 1, cdiv(steps, chunk))
-    worker0 = first_workers(steps, columns, pieces, takes, start_steps, SCRATCH, B)
-    inner_worker0, leaf_worker0 = tl.split(worker0)
+    workers = workers_of(columns, pieces, takes)
+    inner_workers, leaf_workers = tl.split(workers)
+    inner_worker0 = tl.cumsum(inner_workers, 0) - inner_workers
+    leaf_worker0 = tl.sum(inner_workers, 0) + tl.cumsum(leaf_workers, 0) - leaf_workers
+    if tl.sum(workers) > programs:
+        worker0 = first_workers(steps, columns, pieces, takes, start_steps, SCRATCH, B)
+        inner_worker0, leaf_worker0 = tl.split(worker0)
     inner_pieces, leaf_pieces = tl.split(pieces)
     inner_takes, leaf_takes = tl.split(takes)
 
@@ -292,7 +297,7 @@ def _items(
     leaf_alone = (leaf_above < 0).to(tl.int32)
     partials = tl.sum(tl.where((inner_pieces > 1) | (inner_alone == 0), inner_slots, 0), 0)
     partials += tl.sum(tl.where((leaf_pieces > 1) | (leaf_alone == 0), leaf_slots, 0), 0)
-    tl.store(HEADER + WORKERS, tl.sum(workers_of(columns, pieces, takes)))
+    tl.store(HEADER + WORKERS, tl.sum(workers))
     tl.store(HEADER + PARTIALS, partials)
 
     at = ITEMS + k * ITEM_FIELDS
@@ -414,8 +419,8 @@ def _tables(
     firsts = tl.load(at + WORKER0)
     ends = firsts + workers_of(columns, tl.load(at + PIECES), tl.load(at + TAKES))
     own = (firsts[None, :] <= index[:, None]) & (index[:, None] < ends[None, :])
-    inside = tl.max(own.to(tl.int32), 1) > 0
-    item = tl.sum(tl.where(own, x[None, :], 0), 1)
+    item = tl.max(tl.where(own, x[None, :], -1), 1)
+    inside = item >= 0
     item_at = ITEMS + item * ITEM_FIELDS
     steps = tl.load(item_at + STEPS, mask=inside, other=1)
     columns = tl.abs(tl.load(item_at + BLOCKS, mask=inside, other=0)) * HKV
