@@ -59,12 +59,17 @@ def fetch(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     LOOSE_STEPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Brings the keys and values of all pieces of this program."""
+    """Brings the keys and values of all pieces of this program.
+
+    It has few registers, so it loads fields of its worker again where it needs them: short calls
+    take 3 to 5 % longer where it spills. Triton 3.6 needs 40 for pages of 32 and more.
+    """
     PARTS: gl.constexpr = BLOCK_N // PART_N
+    # Of keys and of values that are copied one by one; they have as many dimensions.
+    LINES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DK, DK // 8], [4, 1], [1, 0])
     k_bytes: gl.constexpr = BLOCK_N * DK * K_TILES.dtype.primitive_bitwidth // 8
     v_bytes: gl.constexpr = BLOCK_N * DV * V_TILES.dtype.primitive_bitwidth // 8
     programs = gl.num_programs(0)
-    workers = gl.load(HEADER + WORKERS)
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     worker = gl.program_id(0)
     while worker >= 0:
@@ -74,15 +79,10 @@ def fetch(
         start = gl.load(at + START)
         steps = gl.load(at + STEPS)
         blocks = gl.load(at + BLOCKS)
-        row0 = gl.load(at + FIRST_ROW)
-        tokens = gl.load(at + TOKENS)
         table = TABLE + gl.load(at + OWNER).to(gl.int64) * table_width
         tile0 = gl.load(at + TILE0)
         tiles = gl.load(at + TILES)
-        key0 = gl.load(at + KEY0)
-        loose = gl.load(at + LOOSE)
         settled = gl.load(at + SETTLED)
-        entry = step
         while step < stop:
             column = (step - start) // steps
             begin = step - start - column * steps
@@ -90,7 +90,6 @@ def fetch(
             block, head = place_of(column, blocks, HQ // G)
             first = tile0 + gl.minimum(begin, tiles)
             last = tile0 + gl.minimum(end, tiles)
-            loose_begin, loose_end = loose_tiles(begin, end, tiles, loose, PARTS, LOOSE_STEPS)
             # A stage takes a tile's keys with the values of the tile before, as they are used.
             pages = _pages(table, first, last, PAGE, BLOCK_N)
             if first < last:
@@ -116,7 +115,12 @@ def fetch(
                     V_TILES, v_ring, full, stage, pages, last - 1, head * DV, PAGE, BLOCK_N, PARTS
                 )
                 stage, phase = next_stage(stage, phase, STAGES)
-            if (worker < programs) & (step == entry):
+            key0 = gl.load(at + KEY0)
+            loose = gl.load(at + LOOSE)
+            loose_begin, loose_end = loose_tiles(begin, end, tiles, loose, PARTS, LOOSE_STEPS)
+            if (worker < programs) & (step == gl.load(at + STEP)):
+                row0 = gl.load(at + FIRST_ROW)
+                tokens = gl.load(at + TOKENS)
                 lane = gl.arange(0, 128, layout=LANES)
                 packed = block * BLOCK_M + lane
                 row = (row0 + packed // G).to(gl.int64)
@@ -129,24 +133,11 @@ def fetch(
                 _ask(V + head * v_head, slot.to(gl.int64) * v_token, slot >= 0, DV)
             tl.extra.cuda.gdc_wait()
             for t in range(loose_begin, loose_end):
+                # All slots at once, and before the wait: or copies would wait for them one by one.
+                slots = _slots(KEY_SLOTS, key0 + t * PART_N, key0 + loose, LINES)
                 mbarrier.wait(free.index(stage), phase ^ 1)
-                key = key0 + t * PART_N
-                _gather(
-                    K + head * k_head,
-                    KEY_SLOTS,
-                    key,
-                    key0 + loose,
-                    k_ring.index(stage * PARTS),
-                    k_token,
-                )
-                _gather(
-                    V + head * v_head,
-                    KEY_SLOTS,
-                    key,
-                    key0 + loose,
-                    v_ring.index(stage * PARTS),
-                    v_token,
-                )
+                _gather(K + head * k_head, slots, k_ring.index(stage * PARTS), k_token, LINES)
+                _gather(V + head * v_head, slots, v_ring.index(stage * PARTS), v_token, LINES)
                 async_copy.commit_group()
                 async_copy.wait_group(0)
                 fence_async_shared()
@@ -154,7 +145,7 @@ def fetch(
                 mbarrier.arrive(full.index(stage))
                 stage, phase = next_stage(stage, phase, STAGES)
             step += end - begin
-        worker = next_worker(worker, workers)
+        worker = next_worker(worker, gl.load(HEADER + WORKERS))
 
 
 @gluon.jit
@@ -211,7 +202,7 @@ def _pages(table, t, stop, PAGE: gl.constexpr, BLOCK_N: gl.constexpr):
     pages = ()
     for copy in gl.static_range(BLOCK_N // COPY_N):
         at = (t * BLOCK_N + copy * COPY_N) // PAGE
-        pages = pages + (gl.load(table + at, mask=t < stop, other=0),)
+        pages = pages + (gl.load(table + at, mask=t < stop, other=0).to(gl.int32),)
     return pages
 
 
@@ -225,7 +216,7 @@ def _copy(
     EACH: gl.constexpr = PART_N // COPY_N
     for copy in gl.static_range(BLOCK_N // COPY_N):
         within = (t * BLOCK_N + copy * COPY_N) % PAGE
-        at = [pages[copy].to(gl.int32) * PAGE + within, dim]
+        at = [pages[copy] * PAGE + within, dim]
         room = ring.index(stage * PARTS + copy // EACH)
         if EACH > 1:
             room = room.slice(copy % EACH * COPY_N, COPY_N, dim=0)
@@ -250,13 +241,16 @@ def _ask(BASE, rows, wanted, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _gather(PAGES, KEY_SLOTS, key, stop, held, token):
+def _slots(KEY_SLOTS, key, stop, LINES: gl.constexpr):
+    """The slots [N] of the next `PART_N` keys, -1 from key `stop` on."""
+    keys = key + gl.arange(0, PART_N, layout=gl.SliceLayout(1, LINES))
+    return gl.load(KEY_SLOTS + keys, mask=keys < stop, other=-1)
+
+
+@gluon.jit
+def _gather(PAGES, slots, held, token, LINES: gl.constexpr):
     """Starts the copies of keys or values one by one: [N, D], zeros where the slot is -1."""
-    N: gl.constexpr = held.shape[0]
-    D: gl.constexpr = held.shape[1]
-    LINES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    keys = key + gl.arange(0, N, layout=gl.SliceLayout(1, LINES))
-    slots = gl.expand_dims(gl.load(KEY_SLOTS + keys, mask=keys < stop, other=-1), 1)
-    dims = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, LINES)), 0)
+    slots = gl.expand_dims(slots, 1)
+    dims = gl.expand_dims(gl.arange(0, held.shape[1], layout=gl.SliceLayout(0, LINES)), 0)
     at = PAGES + slots.to(gl.int64) * token + dims
     _copy_keys(held, at, mask=slots >= 0)
