@@ -36,6 +36,9 @@ NEVER = tl.constexpr(float("-inf"))
 FRACTION = tl.constexpr(0x7FFFFF)  # of the bits of a float32
 ONE = tl.constexpr(0x3F800000)
 
+MANY = 8192
+"""Results from which on a program takes eight, and half as many programs are enough."""
+
 
 @triton.jit
 def state_of(peak, total, largest):
@@ -176,7 +179,8 @@ def merge(
     programs = triton.cdiv(results, rows)
     if out.is_cuda:
         processors = torch.cuda.get_device_properties(out.device).multi_processor_count
-        programs = min(programs, schedule.tiling.merges * processors)
+        most = schedule.tiling.merges if results < MANY else 8
+        programs = min(programs, most * processors)
     _merge_kernel[(programs,)](
         out, states if lse is None else lse, part, states,
         schedule.header, schedule.items, schedule.rows,
@@ -198,5 +202,7 @@ def _shape(results: int, pieces: int, width: int, *, known: bool) -> tuple[int, 
         known: whether there are hardly more pieces than that, if none has two rounds of workers.
     """
     pieces = min(32, triton.next_power_of_2(max(1, pieces)))
+    if results >= MANY:  # few have more than two or three pieces, most have none to merge
+        return 8, min(4, max(1 if known else 4, pieces))
     rows = 2 if results >= 512 and pieces <= (8 if width > 64 else 32) else 1
     return rows, max(8 // rows if known else 8, pieces)

@@ -43,6 +43,8 @@ CASES = [
     private(48, 900, 3, heads=9, kv_heads=3, dim=64),
     shared(16, 1024, 256, 4),
     private(64, 4096, 32),  # several workers for a program
+    private(64, 1500, 6, ragged=True),  # so many results that a program merges eight
+    shared(1, 1024, 40, 260),
 ]
 HEADS = 32
 
