@@ -110,6 +110,7 @@ def even_cuts(steps, columns, programs, start_steps, SCRATCH, B: tl.constexpr):
     few = _needed(steps, columns, longest, start_steps)
     if 16 * cdiv(few, programs) * longest <= 17 * rounds * cost:
         cost = longest
+    # Else no two workers end an eighth earlier: the mean is what they could reach at best.
     idle = 8 * (tl.sum(work) // programs + start_steps) <= 7 * cost
     if idle & (_needed(steps, columns, cost, start_steps) <= programs):
         two = _least(steps, columns, 2 * programs, start_steps)

@@ -37,7 +37,7 @@ FRACTION = tl.constexpr(0x7FFFFF)  # of the bits of a float32
 ONE = tl.constexpr(0x3F800000)
 
 MANY = 8192
-"""Results from which on a program takes eight, and half as many programs are enough."""
+"""Results from which on a program takes eight: there most have nothing to merge."""
 
 
 @triton.jit
@@ -174,12 +174,12 @@ def merge(
     own = schedule.requests * out.shape[1] // options["G"]  # columns, if none has two blocks
     pieces = schedule.programs // max(blocks, own)
     rows, pieces = _shape(results, pieces, options["DVP"], known=blocks >= own)
+    most = schedule.tiling.merges if rows < 8 else 8
     if not out.is_cuda:
         rows = 64  # the interpreter pays for programs, not for rows
     programs = triton.cdiv(results, rows)
     if out.is_cuda:
         processors = torch.cuda.get_device_properties(out.device).multi_processor_count
-        most = schedule.tiling.merges if results < MANY else 8
         programs = min(programs, most * processors)
     _merge_kernel[(programs,)](
         out, states if lse is None else lse, part, states,
@@ -202,7 +202,7 @@ def _shape(results: int, pieces: int, width: int, *, known: bool) -> tuple[int, 
         known: whether there are hardly more pieces than that, if none has two rounds of workers.
     """
     pieces = min(32, triton.next_power_of_2(max(1, pieces)))
-    if results >= MANY:  # few have more than two or three pieces, most have none to merge
-        return 8, min(4, max(1 if known else 4, pieces))
+    if results >= MANY and width <= 128:  # wider ones would not fit in the registers of a warp
+        return 8, min(4, pieces) if known else 4
     rows = 2 if results >= 512 and pieces <= (8 if width > 64 else 32) else 1
     return rows, max(8 // rows if known else 8, pieces)

@@ -266,6 +266,7 @@ def even_cuts(work: Sequence[tuple[int, int]], shape: Shape) -> list[tuple[int, 
     longest = max(steps for steps, _ in work) + start
     if 16 * -(-needed(longest) // programs) * longest <= 17 * rounds * cost:
         cost = longest
+    # Else no two workers end an eighth earlier: the mean is what they could reach at best.
     idle = 8 * (sum(s * c for s, c in work) // programs + start) <= 7 * cost
     if idle and needed(cost) <= programs:
         two = least(2)

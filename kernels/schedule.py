@@ -277,6 +277,7 @@ def _items(
             pieces = cdiv(steps, chunk)
         elif MODE != NODE:
             pieces = tl.where(leaf, 1, cdiv(steps, chunk))
+    # In the order of items; where programs take several workers, costly ones come first.
     workers = workers_of(columns, pieces, takes)
     inner_workers, leaf_workers = tl.split(workers)
     inner_worker0 = tl.cumsum(inner_workers, 0) - inner_workers

@@ -54,19 +54,14 @@ def choose(
     blocks = triton.cdiv(len(query) * groups, 64)
     measured = not causal or max_rows <= 64
     if gluon and measured and _copied_by_roles(query, keys, values):
-        # Of the leaves; where requests have unlike numbers of rows, at least.
-        columns = max(requests * triton.cdiv(max_rows * groups, 64), blocks) * kv_heads
-        # Each has a multiprocessor to itself: nothing is cut, so nothing is left to merge.
-        whole = not shared and processors * 3 // 4 < columns <= processors
-        tiling = by_roles(len(query) * groups, max_rows * groups, kv_heads, max_prefix, whole=whole)
+        tiling = by_roles(len(query) * groups, max_rows * groups, kv_heads, max_prefix)
         if tiling is not None:
-            whole = whole and tiling == NARROW and 16 < max_rows * groups <= 128
             if tiling == NARROW and max_rows > 16 and not causal:
                 tiling = replace(tiling, loose_steps=3)
             if requests > 1 and not shared:  # the next launch fetches keys while this one merges
                 tiling = replace(tiling, merges=8)
-            if whole and max_prefix <= 2 * SHORT:
-                return tiling, processors
+            # Of the leaves; where requests have unlike numbers of rows, at least.
+            columns = max(requests * triton.cdiv(max_rows * groups, 64), blocks) * kv_heads
             # A shared block is cut for all programs: more only make more partial results.
             most = processors if shared else processors // 4
             few = columns <= most and (blocks == 1 or not shared)
@@ -142,9 +137,7 @@ def _copied_by_roles(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     )
 
 
-def by_roles(
-    packed: int, largest: int, kv_heads: int, prefix: int, *, whole: bool
-) -> Tiling | None:
+def by_roles(packed: int, largest: int, kv_heads: int, prefix: int) -> Tiling | None:
     """The tiling of `hopper.attend`, None where the Triton kernel is faster (docs/benchmarks.md).
 
     Args:
@@ -152,7 +145,6 @@ def by_roles(
         largest: rows times group of the largest request.
         kv_heads: key/value heads.
         prefix: committed keys of the longest.
-        whole: whether no column need be cut.
     """
     blocks = triton.cdiv(largest, 64)  # of a request
     work = packed * prefix
@@ -162,7 +154,7 @@ def by_roles(
         if prefix >= 1 << 14 and work >= 1 << 24:
             return WIDE
     # Two blocks that read the same keys drift apart where memory is what they wait for.
-    if blocks == 2 and packed // 64 * kv_heads > 64 and not (whole and prefix < SHORT):
+    if blocks == 2 and packed // largest * blocks * kv_heads > 64:
         return None
     return NARROW
 

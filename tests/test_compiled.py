@@ -62,6 +62,9 @@ def compiled(kernel, source, constants, tile=None, **options):
 print(json.dumps({
     "attention": compiled(flash._attend_kernel, ASTSource, SHAPE | READ | TRITON, tile),
     "merge": compiled(merge._merge_kernel, ASTSource, SHAPE | MERGE),
+    "merge of many": compiled(
+        merge._merge_kernel, ASTSource, SHAPE | MERGE | dict(MERGE_ROWS=8, MERGE_PIECES=4)
+    ),
     "narrow": compiled(
         hopper.attend_kernel, GluonASTSource, SHAPE | READ | NARROW, gluon_tile,
         maxnreg=hopper.REGISTERS[1],
@@ -90,14 +93,15 @@ def kernels() -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "programs"), [("attention", 2), ("merge", 1), ("narrow", 2), ("wide", 1)]
+    ("name", "programs"),
+    [("attention", 2), ("merge", 1), ("merge of many", 8), ("narrow", 2), ("wide", 1)],
 )
 def test_they_fit_on_a_multiprocessor(kernels: Any, name: str, programs: int) -> None:
     assert programs * (kernels[name]["shared"] + 1024) <= 228 << 10
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["attention", "merge", "narrow", "wide"])
+@pytest.mark.parametrize("name", ["attention", "merge", "merge of many", "narrow", "wide"])
 def test_the_first_user_of_a_work_list_waits_before_anything_looks_at_it(
     kernels: Any, name: str
 ) -> None:
