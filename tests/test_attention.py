@@ -1,6 +1,8 @@
 """Tree attention: the backends against the definition, and the definition against a dense mask."""
 
 import math
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -244,3 +246,12 @@ def test_padding_rows_see_themselves_and_change_nothing(backend: Backend) -> Non
     out = case.run(backend, plan)
     assert torch.equal(out[:-pads], before)
     assert torch.equal(out[-pads:], values[:pads].repeat_interleave(3, 1))
+
+
+@pytest.mark.parametrize("prompt", [300, 32])  # the last page is copied, or there is none to copy
+def test_the_example_agrees_with_torch(prompt: int) -> None:
+    example = Path(__file__).parent.parent / "examples" / "tree_attention.py"
+    ours, torchs, cache = runpy.run_path(str(example))["verify"](prompt, CPU)
+    torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-5)
+    assert cache.lengths[cache.sequences].tolist() == [prompt + 3, prompt + 1]
+    cache.check_integrity()
