@@ -8,11 +8,11 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from specdec.attention import tree_attention
+from specdec.attention import AttentionPlan, tree_attention
 from specdec.batch import TreeBatch
 from specdec.cache import TreeKVCache
 from specdec.kernels.cache import write_rows
-from specdec.pages import LayerShape, PagePool
+from specdec.pages import LayerPages, LayerShape, PagePool
 from specdec.tree import TokenTree
 
 HEADS, KV_HEADS, DIM = 8, 2, 64
@@ -20,8 +20,12 @@ TREES = [  # tokens do not matter here; a node sees the prompt, its ancestors an
     TokenTree.from_lists(tokens=[5, 1, 2, 3, 4], parents=[-1, 0, 0, 1, 3]),
     TokenTree.from_lists(tokens=[6, 1, 2], parents=[-1, 0, 1]),
 ]
-PARENTS = [None, 0, 0, 1, 3, None, 5, 6]  # the same, as rows of one forward
 KEPT = torch.tensor([[0, 1, 3], [0, -1, -1]])  # accepted nodes, -1 behind the last
+
+
+def write(pages: LayerPages, plan: AttentionPlan, keys: Tensor, values: Tensor) -> None:
+    write_rows(pages.keys, plan.slots, keys)
+    write_rows(pages.values, plan.slots, values)
 
 
 def verify(prompt: int, device: torch.device) -> tuple[Tensor, Tensor, TreeKVCache]:
@@ -35,20 +39,19 @@ def verify(prompt: int, device: torch.device) -> tuple[Tensor, Tensor, TreeKVCac
 
     first = cache.admit()
     with cache.speculate([first], [prompt]) as lease:
-        slots = lease.plan_chains().slots
-        write_rows(pool.layer(0).keys, slots, keys[:prompt])
-        write_rows(pool.layer(0).values, slots, values[:prompt])
+        write(pool.layer(0), lease.plan_chains(), keys[:prompt], values[:prompt])
         lease.commit()
     with cache.speculate([first, cache.fork(first)], batch.sizes) as lease:
         plan = lease.plan_trees(batch)  # for all layers of a forward
-        write_rows(pool.layer(0).keys, plan.slots, keys[prompt:])
-        write_rows(pool.layer(0).values, plan.slots, values[prompt:])
+        write(pool.layer(0), plan, keys[prompt:], values[prompt:])
         ours = tree_attention(query, pool.layer(0), plan)
         lease.commit(KEPT.to(device))  # what is not kept is forgotten: nothing is left to free
 
     mask = torch.eye(len(query), dtype=torch.bool)
-    for row, parent in enumerate(PARENTS):
-        mask[row] |= mask[parent] if parent is not None else False
+    starts = batch.offsets[batch.tree].tolist()
+    for row, (start, parent) in enumerate(zip(starts, batch.parents.tolist(), strict=True)):
+        if parent >= 0:
+            mask[row] |= mask[start + parent]
     mask = torch.cat([torch.ones(len(query), prompt, dtype=torch.bool), mask], 1).to(device)
     q, k, v = (x.transpose(0, 1) for x in (query, keys, values))
     torchs = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)

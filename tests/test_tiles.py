@@ -12,7 +12,7 @@ from specdec.eval.attention.cases import Case, private, shared
 
 pytest.importorskip("triton")
 
-from specdec.kernels import tiles
+from specdec.kernels import merge, tiles
 from specdec.kernels.worklist import Tiling
 
 
@@ -105,6 +105,14 @@ def test_batches_that_share_nothing_leave_room_beside_the_merge() -> None:
     ):
         assert chosen(case, gluon=True)[0].merges == merges, case
     assert chosen(private(16, 1024, 8))[0].merges == 16
+
+
+def test_a_program_of_the_merge_takes_eight_of_many_results_unless_heads_are_wide() -> None:
+    """Of 256 values each, eight spill: compiled with Triton 3.6 for sm_90."""
+    for results, width, rows in ((8191, 128, 2), (8192, 64, 8), (8192, 128, 8), (8192, 256, 2)):
+        for known in (True, False):
+            assert merge._shape(results, 2, width, known=known)[0] == rows, (results, width)
+    assert merge._shape(8192, 32, 128, known=True) == (8, 4)
 
 
 def test_few_columns_take_fewer_programs() -> None:
